@@ -1,0 +1,110 @@
+"""Files that survive a crash: written under another name, flushed, renamed. Tensors only, no pickled code."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from config import BadInput, Config
+
+# fields that a network's numbers depend on: weights made under other values are refused
+_NETWORK = ("height", "width", "channels", "stride", "patch", "heads", "predict", "text_length", "text_width", "chunk")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Run `write` on a temporary name beside `path`, flush it to the disk, then rename: a reader sees all or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_folder(path: str) -> Path:
+    """Make a folder and make sure that files can be written there. Raises BadInput."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"--out={path} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) -> None:
+    """Weights to exchange: fp16 safetensors with the config and any `facts` (step, command, scores) in the header."""
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
+    write_atomically(path, lambda name: save_file(tensors, name, header))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata `save_weights` wrote. Raises BadInput for a missing, corrupt or foreign file."""
+    if not Path(path).is_file():
+        raise BadInput(f"no weights at {path}; 'python pretrain.py' makes them")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is not a readable safetensors file: {error}") from error
+    if "kind" not in header or "config" not in header:
+        raise BadInput(f"{path} was not written by this project: its header names no kind and no config")
+    return header
+
+
+def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Module:
+    """Load fp16 safetensors into `net` → net, in evaluation mode. Raises BadInput when the file does not belong to it."""
+    header = read_header(path)
+    if header["kind"] != kind:
+        raise BadInput(f"{path} holds a {header['kind']}; a {kind} is needed here")
+    made = json.loads(header["config"])
+    for name in _NETWORK:
+        if made.get(name) != getattr(cfg, name):
+            raise BadInput(f"{path} was made with {name}={made.get(name)}, this run has {name}={getattr(cfg, name)}")
+    try:
+        net.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise BadInput(f"{path} does not fit the network: {str(error).splitlines()[1].strip()}") from error
+    return net.eval()
+
+
+def save_state(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
+    """Everything a run needs to go on, as folder/step_%06d.pt; only the newest `keep` stay."""
+    path = Path(folder) / f"step_{step:06d}.pt"
+    write_atomically(path, lambda name: torch.save(state | {"step": step}, name))
+    for old in sorted(Path(folder).glob("step_*.pt"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | None:
+    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of a run with another config.
+
+    `free` names config fields that may change between a run and its continuation (how long, how often to save).
+    """
+    paths = sorted(Path(folder).glob("step_*.pt"))
+    if not paths:
+        return None
+    try:
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file that is cut short or not its own
+        raise BadInput(f"{paths[-1]} cannot be read ({type(error).__name__}); delete it to go on from the one before") from error
+    for f in fields(Config):
+        then, now = state["config"].get(f.name), getattr(cfg, f.name)
+        then = tuple(then) if isinstance(then, list) else then
+        if f.name not in free and then != now:
+            raise BadInput(f"--resume: {paths[-1]} was made with {f.name}={then}, this run has {f.name}={now}")
+    return state

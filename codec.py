@@ -1,0 +1,68 @@
+"""A small learned video codec: every frame by itself, deterministic, unit-variance latents.
+
+The latent is standardised by a batch norm without parameters and gets noise of a fixed size while the codec learns.
+That is a variational autoencoder with the variance held fixed: the noise, not a KL weight, sets how much a latent may
+say, and it keeps latents smooth enough to diffuse (the sharper the codec, the harder the latents are to generate).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from config import Config
+
+
+class _Res(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Codec(nn.Module):
+    """Pixels (b F 3 H W) in [0, 1] ↔ latents (b F c H/8 W/8) of unit variance. Frames are independent."""
+
+    time_stride = 1
+
+    def __init__(self, cfg: Config, width: int = 96):
+        super().__init__()
+        self.noise = cfg.codec_noise
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(2), nn.Conv2d(12, width // 3, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width // 3, 2 * width // 3, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(2 * width // 3, width, 3, stride=2, padding=1),
+            _Res(width), nn.SiLU(), nn.Conv2d(width, cfg.channels, 1),
+        )  # fmt: skip
+        self.unit = nn.BatchNorm2d(cfg.channels, affine=False, momentum=0.02)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(cfg.channels, width, 3, padding=1), _Res(width), _Res(width),
+            nn.Conv2d(width, 4 * width // 2, 1), nn.PixelShuffle(2), _Res(width // 2),
+            nn.Conv2d(width // 2, 4 * width // 3, 1), nn.PixelShuffle(2), _Res(width // 3), nn.SiLU(),
+            nn.Conv2d(width // 3, 12, 3, padding=1), nn.PixelShuffle(2),
+        )  # fmt: skip
+
+    def encode(self, video01: Tensor) -> Tensor:
+        """(b F 3 H W) in [0, 1] → (b F c h w). Raises ValueError outside that range."""
+        low, high = video01.aminmax()
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise ValueError(f"video01 must lie in [0, 1]; it spans [{low:.3f}, {high:.3f}]")
+        z = self.unit(self.encoder(rearrange(video01, "b f c h w -> (b f) c h w") * 2 - 1))
+        return rearrange(z, "(b f) c h w -> b f c h w", b=len(video01))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """(b F c h w) → (b F 3 H W), clamped to [0, 1]. Any number of frames: streaming decode is this, chunk by chunk."""
+        return self._decode(x).clamp(0, 1)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        pixels = self.decoder(rearrange(x, "b f c h w -> (b f) c h w"))
+        return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(x)) / 2 + 0.5
+
+    def loss(self, video01: Tensor, noise: Tensor) -> Tensor:
+        """Reconstruction through a noised latent: squared error plus a little absolute error, for sharp edges."""
+        out = self._decode(self.encode(video01) + self.noise * noise)
+        return F.mse_loss(out, video01) + 0.1 * F.l1_loss(out, video01)

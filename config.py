@@ -1,0 +1,270 @@
+"""One frozen dataclass, three presets, the methods of the family, and the command line.
+
+    script.py [preset] [--key=value ...]        unknown key, wrong type or impossible value: exit code 2, one line
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import get_args, get_origin
+
+
+class BadInput(ValueError):
+    """What a person typed or handed over cannot be used. Scripts turn it into one line and exit code 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # world -----------------------------------------------------------------------------------------------
+    preset: str = "tiny"
+    height: int = 32  # pixels
+    width: int = 32  # pixels
+    objects: int = 1  # moving things in a clip of the procedural world
+    fps: int = 8
+    # latent video ----------------------------------------------------------------------------------------
+    frames: int = 16  # latent frames the teacher knows, and that DMD compares
+    chunk: int = 4  # latent frames generated together
+    channels: int = 12  # latent channels
+    stride: int = 8  # pixels per latent cell
+    time_stride: int = 1  # pixel frames per latent frame (4 for Wan's causal codec)
+    codec_noise: float = 0.2  # std of the noise on the unit-variance latent while the codec learns
+    # transformer -----------------------------------------------------------------------------------------
+    patch: int = 2  # latent cells per token and side
+    dim: int = 128
+    ffn: int = 512
+    layers: int = 6
+    heads: int = 4
+    time_freqs: int = 64  # width of the sinusoidal time embedding
+    text_length: int = 5
+    text_width: int = 64
+    predict: str = "x"  # x: the net predicts clean latents (patches wider than the model) | v: velocity
+    # what a chunk may look at ----------------------------------------------------------------------------
+    window: int = 3  # chunks attended to in all: sink + recent + the current one; 0 = the whole clip
+    sink: int = 1  # chunks of it that are never evicted
+    sink_mode: str = "ema"  # none | static | ema (Reward Forcing's EMA-Sink)
+    sink_decay: float = 0.99  # EMA-Sink: share of the old sink kept at each eviction
+    kv_grad: bool = False  # let gradient leak through the cache, as the released code does
+    # flow and rollout ------------------------------------------------------------------------------------
+    shift: float = 3.0  # warps uniform time towards noise
+    guidance: float = 3.0  # u + guidance * (c - u); the papers' "3.0" is 4.0 in this convention
+    denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
+    taper: str = "uniform"  # steps per chunk: uniform | 5432 | 432 | first
+    context: str = "clean"  # what later chunks see: clean | noisy | none (keep the last step's keys)
+    context_t: float = 0.0  # noise level of a noisy context, in [0, 1)
+    horizon: int = 2  # rollouts last up to horizon * frames; DMD looks at the last `frames`
+    # method ----------------------------------------------------------------------------------------------
+    method: str = "stream_r1"
+    beta: float = 0.5  # rollout weight exp(beta * reward); 0 = plain DMD
+    axes: tuple[str, ...] = ("VQ", "MQ", "TA")  # reward axes in use
+    weight: str = "exp"  # exp | softmax (over the global batch)
+    weight_cap: float = 0.0  # largest rollout weight; 0 = none
+    group: int = 1  # rollouts per prompt; above 1 the reward is relative to the prompt's mean
+    balance: str = "penalty"  # none | penalty (the paper's) | axis_weights
+    balance_strength: float = 0.5  # lambda of the penalty
+    balance_window: int = 50  # steps of reward history
+    balance_temperature: float = 0.5  # of axis_weights
+    space: bool = True  # weight the loss by spatial saliency
+    time: bool = True  # weight the loss by temporal saliency
+    floor_space: float = 0.15
+    floor_time: float = 0.2
+    fuse_temperature: float = 1.0  # softmax(-reward / T) over axes: the weakest axis speaks loudest
+    motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
+    # training --------------------------------------------------------------------------------------------
+    seed: int = 0
+    steps: int = 200  # student updates
+    batch: int = 16  # clips per step over all processes
+    accumulate: int = 1  # micro-batches per update and process
+    critic_steps: int = 2  # critic updates per student update
+    critic_warmup: int = 20  # critic-only updates before the first step
+    lr: float = 2e-4
+    critic_lr: float = 4e-4
+    beta1: float = 0.0  # Adam's, for student and critic
+    beta2: float = 0.99
+    ema: float = 0.98
+    clip: float = 1.0  # gradient norm
+    t_min: float = 0.02  # noise levels at which scores are compared
+    t_max: float = 0.98
+    bf16: bool = False  # autocast; pays on GPUs and on CPUs with bf16 dot products
+    checkpointing: bool = False  # recompute blocks in the backward pass
+    device: str = "auto"
+    save_every: int = 50
+    eval_every: int = 25  # steps between held-out measurements; the best EMA student is kept
+    eval_clips: int = 64
+    max_bad: int = 8  # steps in a row with a non-finite sample before the run stops
+
+    def __post_init__(self):
+        check = _Checker(self)
+        for name in _POSITIVE:
+            check(name, getattr(self, name) > 0, "a positive number")
+        for name in _NOT_NEGATIVE:
+            check(name, getattr(self, name) >= 0, "zero or more")
+        for name, allowed in _CHOICES.items():
+            check(name, getattr(self, name) in allowed, " | ".join(allowed))
+        cell = self.stride * self.patch
+        check("height", self.height % cell == 0, f"a multiple of {cell} (stride x patch)")
+        check("width", self.width % cell == 0, f"a multiple of {cell} (stride x patch)")
+        check("frames", self.frames % self.chunk == 0, f"a multiple of chunk={self.chunk}")
+        check("dim", self.dim % self.heads == 0 and self.dim // self.heads % 2 == 0, "an even width per head")
+        check("window", (self.window or self.chunks) > self.sink + 1, "0, or more than sink + 1 chunks")
+        check("sink", (self.sink == 0) == (self.sink_mode == "none"), "0 exactly when sink_mode=none")
+        check("sink", self.sink_mode != "ema" or self.sink == 1, "1 when sink_mode=ema")
+        check("sink_decay", 0 <= self.sink_decay <= 1, "within [0, 1]")
+        check("context_t", 0 <= self.context_t < 1, "within [0, 1)")
+        grid = self.denoise
+        falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
+        check("denoise", bool(grid) and grid[0] == 1 and grid[-1] > 0 and falling, "1.0, ... falling, above 0")
+        check("t_min", 0 <= self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
+        check("ema", 0 <= self.ema < 1, "within [0, 1)")
+        check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
+        check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens per latent frame, as (rows, columns)."""
+        return self.height // (self.stride * self.patch), self.width // (self.stride * self.patch)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one latent frame."""
+        return self.channels, self.height // self.stride, self.width // self.stride
+
+    @property
+    def chunks(self) -> int:
+        return self.frames // self.chunk
+
+    @property
+    def cached_chunks(self) -> int:
+        """Chunks a cache holds: the attention window without the chunk that is being generated."""
+        return (self.window or self.chunks) - 1
+
+    @property
+    def pixel_frames(self) -> int:
+        """Frames of a decoded training clip; a causal codec decodes its first latent to one frame."""
+        return 1 + (self.frames - 1) * self.time_stride
+
+
+_POSITIVE = (
+    "height width objects fps frames chunk channels stride time_stride patch dim ffn layers heads time_freqs "
+    "text_length text_width shift guidance horizon group balance_window balance_temperature fuse_temperature "
+    "steps batch accumulate critic_steps lr critic_lr clip save_every eval_every eval_clips max_bad"
+).split()
+_NOT_NEGATIVE = (
+    "codec_noise window sink beta weight_cap balance_strength floor_space floor_time motion seed critic_warmup "
+    "beta1 beta2"
+).split()
+_CHOICES = {
+    "predict": ("x", "v"),
+    "sink_mode": ("none", "static", "ema"),
+    "taper": ("uniform", "5432", "432", "first"),
+    "context": ("clean", "noisy", "none"),
+    "weight": ("exp", "softmax"),
+    "balance": ("none", "penalty", "axis_weights"),
+}
+
+
+class _Checker:
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, name: str, fine: bool, allowed: str):
+        if not fine:
+            raise BadInput(f"{name}={getattr(self.config, name)} is not possible; allowed: {allowed}")
+
+
+PRESETS: dict[str, Config] = {
+    "tiny": Config(),
+    "small": Config(
+        preset="small", height=64, width=64, objects=2, frames=24, dim=192, ffn=768, layers=8, heads=6,
+        text_length=9, batch=64, steps=1000, critic_steps=5, bf16=True, window=4,
+    ),
+    "wan-1.3b": Config(
+        preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
+        dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512, text_width=4096, predict="v",
+        shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200, critic_steps=5, lr=2e-6,
+        critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True, checkpointing=True, horizon=1,
+        sink_decay=0.999,
+    ),
+}  # fmt: skip
+
+_PLAIN = dict(beta=0.0, space=False, time=False, balance="none")
+METHODS: dict[str, dict] = {
+    "self_forcing": dict(_PLAIN, window=0, sink=0, sink_mode="none"),
+    "reward_forcing": dict(_PLAIN, beta=0.5, axes=("MQ",)),
+    "stream_r1": {},
+    "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
+}
+
+
+def _parse(kind: type) -> Callable[[str], object]:
+    """A converter from a command-line word to a field's type."""
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return lambda word: tuple(item(w) for w in word.split(",") if w)
+    return kind
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(message)
+
+
+def _add_field(parser: argparse.ArgumentParser, f) -> None:
+    flag = "--" + f.name
+    if f.type is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+    elif get_origin(f.type) is list:
+        parser.add_argument(flag, action="append", type=get_args(f.type)[0])
+    else:
+        parser.add_argument(flag, type=_parse(f.type), metavar=str(getattr(f.type, "__name__", f.type)).upper())
+
+
+def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
+    """Read `[preset] [--key=value ...]` → (Config, flags instance or None).
+
+    `flags` is a dataclass with a script's own options; where it shares a name with Config, it wins. The order is
+    preset, then method, then what was typed. Raises BadInput.
+    """
+    own = {f.name: f for f in fields(flags)} if flags else {}
+    shared = {f.name: f for f in fields(Config) if f.name not in own and f.name != "preset"}
+    parser = _Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("preset", nargs="?", default="tiny", help=" | ".join(PRESETS))
+    for f in (*own.values(), *shared.values()):
+        _add_field(parser, f)
+    known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if unknown:
+        word = unknown[0].lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(word, [*own, *shared], 1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists what is allowed"
+        raise BadInput(f"unknown argument {unknown[0]}; {hint}")
+    typed = vars(known)
+    config = build(typed.pop("preset"), {k: v for k, v in typed.items() if k in shared})
+    if not flags:
+        return config, None
+    for name, f in own.items():
+        if name not in typed and f.default is MISSING and f.default_factory is MISSING:
+            raise BadInput(f"--{name} is required")
+    return config, flags(**{k: v for k, v in typed.items() if k in own})
+
+
+def build(preset: str, typed: dict) -> Config:
+    """Preset, then the method's fields, then what was typed → Config. Raises BadInput."""
+    if preset not in PRESETS:
+        raise BadInput(f"unknown preset {preset!r}; allowed: {' | '.join(PRESETS)}")
+    method = typed.get("method", PRESETS[preset].method)
+    if method not in METHODS:
+        raise BadInput(f"method={method} is not possible; allowed: {' | '.join(METHODS)}")
+    return replace(PRESETS[preset], **(METHODS[method] | typed))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; bad input ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+

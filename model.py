@@ -1,0 +1,341 @@
+"""Flow identities, the causal video transformer, and what it remembers.
+
+Axes everywhere: b batch · f latent frames · c h w latent channels, height, width · F H W pixels · n tokens · a heads ·
+d head width · l e text length, width · s reward axes. Latent video is (b f c h w); pixel video in [0, 1] is video01.
+
+Time t is a float in [0, 1], 1 = noise, one per latent frame (b f):
+
+    x_t = (1 - t) x + t ε        v = dx_t/dt = ε - x        x = x_t - t v
+
+exactly, in fp32; the factor 1000 of other code exists only inside the sinusoidal embedding.
+
+The transformer is Wan2.1's, parameter names included, so that one class serves a toy and the real 1.3B weights. It is
+used in three ways: bidirectional (teacher, critic), under a block-causal mask (causal start), and chunk by chunk with
+a cache (student). A forward pass never writes: it returns its own keys and values, and whoever runs it commits them.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import Config
+
+KV = list[tuple[Tensor, Tensor]]  # per layer: keys before RoPE and values, each (b n a d)
+T_MIN = 0.05  # an x-predicting net's velocity is (x_t - x) / max(t, T_MIN)
+
+
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x, noise (b f c h w), t (b f) in [0, 1] → x_t = (1 - t) x + t ε."""
+    t = rearrange(t, "b f -> b f 1 1 1")
+    return (1 - t) * x + t * noise
+
+
+def to_x0(v: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """v, x_t (b f c h w), t (b f) → x = x_t - t v."""
+    return xt - rearrange(t, "b f -> b f 1 1 1") * v
+
+
+def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
+    """Warp time in [0, 1] towards noise: s u / (1 + (s - 1) u). 1 is the identity."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+# -- positions -----------------------------------------------------------------------------------------------------------
+
+
+class Rope(nn.Module):
+    """3-D rotary positions: the head's width is split over time, rows and columns as Wan does (44, 42, 42 of 128)."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        space = 2 * (head_dim // 6)
+        for name, width in (("time", head_dim - 2 * space), ("space", space)):
+            steps = torch.arange(0, width, 2, dtype=torch.float64) / width
+            self.register_buffer(name, (10000.0**-steps).float(), persistent=False)
+
+    def angles(self, frames: Tensor, h: int, w: int) -> Tensor:
+        """Frame positions (f,) and a token grid → (2, f*h*w, 1, d/2): cosines and sines for every token."""
+        f = len(frames)
+        rows, columns = torch.arange(h, device=frames.device), torch.arange(w, device=frames.device)
+        at = [frames[:, None] * self.time, rows[:, None] * self.space, columns[:, None] * self.space]
+        angle = torch.cat([
+            at[0][:, None, None].expand(f, h, w, -1),
+            at[1][None, :, None].expand(f, h, w, -1),
+            at[2][None, None, :].expand(f, h, w, -1),
+        ], dim=-1)  # fmt: skip
+        angle = rearrange(angle, "f h w d -> (f h w) 1 d")
+        return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x (... n a d) by the tokens' angles, in fp32."""
+    cos, sin = angles
+    real, imag = rearrange(x.float(), "... (d two) -> two ... d", two=2)
+    turned = torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1)
+    return rearrange(turned, "... d two -> ... (d two)").to(x.dtype)
+
+
+# -- what a chunk may see ------------------------------------------------------------------------------------------------
+
+
+def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> Tensor:
+    """(f f) bool, row sees column: own chunk and the past, of it the last `window` - 1 chunks and the first `sink`."""
+    block = torch.arange(frames) // chunk
+    query, key = block[:, None], block[None, :]
+    near = key > query - window + sink if window else torch.ones(frames, frames, dtype=torch.bool)
+    return (key <= query) & (near | (key < sink))
+
+
+def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Mask (2f 2f) and positions (2f) for the sequence [clean | noisy]: a noisy chunk sees itself and the clean past."""
+    block = torch.arange(frames) // chunk
+    own, past = block[:, None] == block, block[:, None] > block
+    mask = torch.cat([torch.cat([own | past, torch.zeros_like(own)], 1), torch.cat([past, own], 1)])
+    return mask, torch.arange(frames).repeat(2)
+
+
+class ListCache:
+    """The readable cache: a list of chunks, sink first, then oldest to newest. Nothing is overwritten in place, so a
+    rollout that recomputes activations in its backward pass sees what the forward pass saw. Use it for training.
+
+    Positions are relative to the window: the oldest remembered chunk is always at 0, so a stream may run for ever.
+    """
+
+    def __init__(self, model: "VideoDiT", cfg: Config):
+        self.rope, self.cfg = model.rope, cfg
+        self.chunks: list[KV] = []
+        self.keys: list[Tensor] = []  # per layer, all chunks joined and rotated: once a chunk, not once a pass
+        self.values: list[Tensor] = []
+
+    @property
+    def position(self) -> int:
+        """Frame position of the chunk that comes next."""
+        return len(self.chunks) * self.cfg.chunk
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor, None] | None:
+        """Rotated keys and values (b m a d) of everything remembered, or None when nothing is."""
+        return (self.keys[layer], self.values[layer], None) if self.chunks else None
+
+    def commit(self, kv: KV) -> None:
+        """Remember a clean chunk; when the window is full the oldest one leaves, into the sink if it is an EMA."""
+        cfg = self.cfg
+        self.chunks.append(kv if cfg.kv_grad else [(k.detach(), v.detach()) for k, v in kv])
+        if len(self.chunks) > cfg.cached_chunks:
+            oldest = self.chunks.pop(cfg.sink)
+            if cfg.sink_mode == "ema":
+                decay = cfg.sink_decay
+                self.chunks[0] = [
+                    (k.float().lerp(new_k.float(), 1 - decay), v.float().lerp(new_v.float(), 1 - decay))
+                    for (k, v), (new_k, new_v) in zip(self.chunks[0], oldest, strict=True)
+                ]
+        angles = self.rope.angles(torch.arange(self.position, device=kv[0][0].device), *cfg.grid)
+        layers = [list(zip(*chunks, strict=True)) for chunks in zip(*self.chunks, strict=True)]
+        like = kv[0][0].dtype
+        self.keys = [rotate(torch.cat([k.to(like) for k in ks], dim=1), angles) for ks, _ in layers]
+        self.values = [torch.cat([v.to(like) for v in vs], dim=1) for _, vs in layers]
+
+    def reset(self) -> None:
+        self.chunks, self.keys, self.values = [], [], []
+
+
+class RingCache:
+    """The fast cache: one static buffer a layer, slots [sink | ring], the evicted slot is overwritten in place.
+
+    How full it is and where slots stand are tensors, and empty slots are masked: every chunk runs the same operations
+    on the same shapes without asking the device anything, which is what a CUDA graph needs. No gradient; streaming only.
+    """
+
+    def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
+        h, w = cfg.grid
+        device = model.patch_embedding.weight.device
+        shape = (cfg.layers, batch, cfg.cached_chunks, cfg.chunk * h * w, cfg.heads, cfg.dim // cfg.heads)
+        self.rope, self.cfg = model.rope, cfg
+        self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
+        self.sink = torch.zeros(2, *shape[:2], *shape[3:], device=device)  # an EMA needs fp32: in bf16 it stands still
+        self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
+        self.mask = torch.zeros(1, 1, 1, shape[2] * shape[3], dtype=torch.bool, device=device)
+
+    @property
+    def position(self) -> Tensor:
+        return self.count.clamp(max=self.cfg.cached_chunks) * self.cfg.chunk
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated keys and values (b slots a d), and which slots are filled (1 1 1 slots)."""
+        keys, values = self.keys[layer], self.values[layer]
+        return rearrange(keys, "b m n a d -> b (m n) a d"), rearrange(values, "b m n a d -> b (m n) a d"), self.mask
+
+    @torch.no_grad()
+    def commit(self, kv: KV) -> None:
+        cfg, slots = self.cfg, self.cfg.cached_chunks
+        ring = slots - cfg.sink
+        new = [torch.stack(parts) for parts in zip(*kv, strict=True)]  # keys, values: (layers b n a d)
+        slot = torch.where(self.count < slots, self.count, cfg.sink + (self.count - cfg.sink) % ring)[None]
+        if cfg.sink_mode == "ema":
+            evicted = torch.stack([self.raw.index_select(2, slot)[:, :, 0], self.values.index_select(2, slot)[:, :, 0]])
+            ema = self.sink.lerp(evicted.float(), 1 - cfg.sink_decay)
+            first = torch.stack(new).float()
+            kept = torch.where(self.count >= slots, ema, self.sink)
+            self.sink.copy_(torch.where(self.count == 0, first, kept))
+        self.raw.index_copy_(2, slot, new[0].to(self.raw.dtype))
+        self.values.index_copy_(2, slot, new[1].to(self.values.dtype))
+        if cfg.sink_mode == "ema":
+            self.raw[:, :, 0], self.values[:, :, 0] = self.sink[0], self.sink[1]
+        self.count += 1
+        self._place(slots, ring)
+
+    def _place(self, slots: int, ring: int) -> None:
+        """Rotate every slot's keys to where it now stands in the window."""
+        cfg = self.cfg
+        slot = torch.arange(slots, device=self.count.device)
+        age = torch.where(self.count > slots, (slot - cfg.sink - (self.count - cfg.sink)) % ring + cfg.sink, slot)
+        order = torch.where(slot < cfg.sink, slot, age)
+        frames = (order[:, None] * cfg.chunk + torch.arange(cfg.chunk, device=slot.device)).flatten()
+        angles = rearrange(self.rope.angles(frames, *cfg.grid), "two (m n) 1 d -> two m n 1 d", m=slots)
+        self.keys.copy_(rotate(self.raw, angles))
+        filled = (slot < self.count)[:, None].expand(-1, self.raw.shape[3])
+        self.mask.copy_(rearrange(filled, "m n -> 1 1 1 (m n)"))
+
+    def reset(self) -> None:
+        self.count.zero_()
+        self.mask.zero_()
+        self.sink.zero_()
+
+
+# -- the transformer -----------------------------------------------------------------------------------------------------
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Time (b f) in [0, 1] → (b f width): cosines, then sines, of 1000 t."""
+    half = width // 2
+    freqs = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = 1000 * t[..., None].float() * freqs
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+
+    def forward(self, x, angles, past=None, mask=None):
+        """x (b n a*d); past: keys, values and their mask → output (b n a*d), own (keys before RoPE, values)."""
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
+        k, own = rotate(k, angles), (k, v)
+        if past is not None:
+            past_k, past_v, filled = past
+            k, v = torch.cat([past_k.to(k.dtype), k], dim=1), torch.cat([past_v.to(v.dtype), v], dim=1)
+            mask = None if filled is None else F.pad(filled, (0, x.shape[1]), value=True)
+        return self.o(_attend(rotate(q, angles), k, v, mask)), own
+
+
+class CrossAttention(SelfAttention):
+    def forward(self, x, context):
+        """x (b n a*d), context (b l a*d) → (b n a*d). Text has no positions; padding is attended to, as in Wan."""
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
+        return self.o(_attend(q, k, v, None))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (rearrange(z, "b n a d -> b a n d") for z in (q, k.to(q.dtype), v.to(q.dtype)))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b a n d -> b n (a d)")
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm, then a shift and a scale per frame: x (b n d), shift and scale (b f d)."""
+    x = rearrange(F.layer_norm(x, x.shape[-1:], eps=1e-6), "b (f n) d -> b f n d", f=shift.shape[1])
+    return rearrange(torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]), "b f n d -> b (f n) d")
+
+
+def _gate(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y with one gate per frame: x, y (b n d), gate (b f d)."""
+    y = rearrange(y, "b (f n) d -> b f n d", f=gate.shape[1]) * gate[:, :, None]
+    return x + rearrange(y, "b f n d -> b (f n) d")
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, ffn: int, heads: int):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn, self.cross_attn = SelfAttention(dim, heads), CrossAttention(dim, heads)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)  # Wan's name; before the cross-attention
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
+
+    def forward(self, x, e, context, angles, past=None, mask=None):
+        """x (b n d), e (b f 6 d): the time's shifts, scales and gates → x, own keys and values."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unbind(2)
+        y, kv = self.self_attn(_modulate(x, shift1, scale1), angles, past, mask)
+        x = _gate(x, y, gate1)
+        x = x + self.cross_attn(self.norm3(x), context)
+        return _gate(x, self.ffn(_modulate(x, shift2, scale2)), gate2), kv
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.head = nn.Linear(dim, out)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation + e[:, :, None]).unbind(2)
+        return self.head(_modulate(x, shift, scale))
+
+
+class VideoDiT(nn.Module):
+    """`model(xt, t, text)`: x_t (b f c h w), t (b f), text (b l e) → velocity v (b f c h w), own KV."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        dim, p = cfg.dim, cfg.patch
+        self.patch, self.predict, self.time_freqs = p, cfg.predict, cfg.time_freqs
+        self.checkpointing = cfg.checkpointing
+        self.patch_embedding = nn.Conv3d(cfg.channels, dim, (1, p, p), stride=(1, p, p))
+        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_width, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.time_freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(dim, cfg.ffn, cfg.heads) for _ in range(cfg.layers))
+        self.head = Head(dim, p * p * cfg.channels)
+        self.rope = Rope(dim // cfg.heads)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for i in (0, 2):
+            nn.init.normal_(self.text_embedding[i].weight, std=0.02)
+            nn.init.normal_(self.time_embedding[i].weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(self, xt, t, text, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
+        """`cache`: remembered chunks come before this one. `mask` (f f), `positions` (f,): for a pass without a cache."""
+        f, h, w = xt.shape[1], xt.shape[3] // self.patch, xt.shape[4] // self.patch
+        x = rearrange(xt, "b f c (h p) (w q) -> b (f h w) (c p q)", p=self.patch, q=self.patch)
+        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # (b n d)
+        with torch.autocast(xt.device.type, enabled=False):  # bf16 cannot tell neighbouring times apart
+            e = self.time_embedding(sinusoid(t, self.time_freqs).to(self.head.modulation.dtype))  # (b f d)
+            e6 = rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
+        context = self.text_embedding(text)  # (b l d)
+        if positions is None:
+            positions = torch.arange(f, device=xt.device) + (cache.position if cache else 0)
+        angles = self.rope.angles(positions, h, w)
+        if mask is not None:
+            mask = mask.to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
+        kv = []
+        for i, block in enumerate(self.blocks):
+            args = (x, e6, context, angles, cache.read(i) if cache else None, mask)
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            kv.append(own)
+        out = rearrange(self.head(x, e).float(), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=self.patch,
+                        q=self.patch)  # fmt: skip
+        if self.predict == "x":
+            out = (xt - out) / rearrange(t.clamp(min=T_MIN), "b f -> b f 1 1 1")
+        return out, kv
