@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,11 +15,23 @@ from torch import nn
 from config import BadInput, Config
 
 # fields that a network's numbers depend on: weights made under other values are refused
-_NETWORK = ("height", "width", "channels", "stride", "patch", "heads", "predict", "text_length", "text_width", "chunk")
+_NETWORK = (
+    "height",
+    "width",
+    "channels",
+    "stride",
+    "patch",
+    "heads",
+    "predict",
+    "text_length",
+    "text_width",
+    "chunk",
+)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Run `write` on a temporary name beside `path`, flush it to the disk, then rename: a reader sees all or nothing."""
+    """Run `write` on a temporary name beside `path`, flush it to the disk, then rename: a reader sees all or
+    nothing."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -44,7 +57,8 @@ def writable_folder(path: str) -> Path:
 
 
 def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) -> None:
-    """Weights to exchange: fp16 safetensors with the config and any `facts` (step, command, scores) in the header."""
+    """Weights to exchange: fp16 safetensors with the config and any `facts` (step, command, scores) in the
+    header."""
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
@@ -66,14 +80,17 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Module:
-    """Load fp16 safetensors into `net` → net, in evaluation mode. Raises BadInput when the file does not belong to it."""
+    """Load fp16 safetensors into `net` → net, in evaluation mode. Raises BadInput when the file does not
+    belong to it."""
     header = read_header(path)
     if header["kind"] != kind:
         raise BadInput(f"{path} holds a {header['kind']}; a {kind} is needed here")
     made = json.loads(header["config"])
     for name in _NETWORK:
         if made.get(name) != getattr(cfg, name):
-            raise BadInput(f"{path} was made with {name}={made.get(name)}, this run has {name}={getattr(cfg, name)}")
+            raise BadInput(
+                f"{path} was made with {name}={made.get(name)}, this run has {name}={getattr(cfg, name)}"
+            )
     try:
         net.load_state_dict(load_file(path))
     except RuntimeError as error:
@@ -91,9 +108,11 @@ def save_state(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
 
 
 def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | None:
-    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of a run with another config.
+    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of a run with another
+    config.
 
-    `free` names config fields that may change between a run and its continuation (how long, how often to save).
+    `free` names config fields that may change between a run and its continuation (how long, how often to
+    save).
     """
     paths = sorted(Path(folder).glob("step_*.pt"))
     if not paths:
@@ -101,10 +120,22 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | 
     try:
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is cut short or not its own
-        raise BadInput(f"{paths[-1]} cannot be read ({type(error).__name__}); delete it to go on from the one before") from error
+        raise BadInput(
+            f"{paths[-1]} cannot be read ({type(error).__name__}); delete it to go on from the one before"
+        ) from error
     for f in fields(Config):
         then, now = state["config"].get(f.name), getattr(cfg, f.name)
         then = tuple(then) if isinstance(then, list) else then
         if f.name not in free and then != now:
-            raise BadInput(f"--resume: {paths[-1]} was made with {f.name}={then}, this run has {f.name}={now}")
+            raise BadInput(
+                f"--resume: {paths[-1]} was made with {f.name}={then}, this run has {f.name}={now}"
+            )
     return state
+
+
+def stop_on_signal() -> list[int]:
+    """A list that stays empty until SIGTERM or SIGINT arrives: the loop then saves and ends."""
+    caught: list[int] = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: caught.append(number))
+    return caught

@@ -1,11 +1,11 @@
 """A small learned video codec: every frame by itself, deterministic, unit-variance latents.
 
-The latent is standardised by a batch norm without parameters and gets noise of a fixed size while the codec learns.
-That is a variational autoencoder with the variance held fixed: the noise, not a KL weight, sets how much a latent may
-say, and it keeps latents smooth enough to diffuse (the sharper the codec, the harder the latents are to generate).
+The latent is standardised by a batch norm without parameters and gets noise of a fixed size while the codec
+learns. That is a variational autoencoder with the variance held fixed: the noise, not a KL weight, sets how
+much a latent may say, and it keeps latents smooth enough to diffuse (the sharper the codec, the harder the
+latents are to generate).
 """
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ class Codec(nn.Module):
         return rearrange(z, "(b f) c h w -> b f c h w", b=len(video01))
 
     def decode(self, x: Tensor) -> Tensor:
-        """(b F c h w) → (b F 3 H W), clamped to [0, 1]. Any number of frames: streaming decode is this, chunk by chunk."""
+        """(b F c h w) → (b F 3 H W), clamped to [0, 1]. Any number of frames: streaming decode is this, chunk
+        by chunk."""
         return self._decode(x).clamp(0, 1)
 
     def _decode(self, x: Tensor) -> Tensor:
@@ -63,6 +64,7 @@ class Codec(nn.Module):
         return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(x)) / 2 + 0.5
 
     def loss(self, video01: Tensor, noise: Tensor) -> Tensor:
-        """Reconstruction through a noised latent: squared error plus a little absolute error, for sharp edges."""
+        """Reconstruction through a noised latent: squared error plus a little absolute error, for sharp
+        edges."""
         out = self._decode(self.encode(video01) + self.noise * noise)
         return F.mse_loss(out, video01) + 0.1 * F.l1_loss(out, video01)

@@ -1,10 +1,11 @@
 """One frozen dataclass, three presets, the methods of the family, and the command line.
 
-    script.py [preset] [--key=value ...]        unknown key, wrong type or impossible value: exit code 2, one line
+script.py [preset] [--key=value ...]        unknown key, wrong type or impossible value: exit code 2, one line
 """
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
@@ -23,6 +24,7 @@ class Config:
     width: int = 32  # pixels
     objects: int = 1  # moving things in a clip of the procedural world
     fps: int = 8
+    data: str = ""  # a folder of captioned clips instead of the procedural world
     # latent video ----------------------------------------------------------------------------------------
     frames: int = 16  # latent frames the teacher knows, and that DMD compares
     chunk: int = 4  # latent frames generated together
@@ -32,6 +34,7 @@ class Config:
     codec_noise: float = 0.2  # std of the noise on the unit-variance latent while the codec learns
     # transformer -----------------------------------------------------------------------------------------
     patch: int = 2  # latent cells per token and side
+    patch_time: int = 1  # latent frames per token
     dim: int = 128
     ffn: int = 512
     layers: int = 6
@@ -106,6 +109,7 @@ class Config:
         check("height", self.height % cell == 0, f"a multiple of {cell} (stride x patch)")
         check("width", self.width % cell == 0, f"a multiple of {cell} (stride x patch)")
         check("frames", self.frames % self.chunk == 0, f"a multiple of chunk={self.chunk}")
+        check("chunk", self.chunk % self.patch_time == 0, f"a multiple of patch_time={self.patch_time}")
         check("dim", self.dim % self.heads == 0 and self.dim // self.heads % 2 == 0, "an even width per head")
         check("window", (self.window or self.chunks) > self.sink + 1, "0, or more than sink + 1 chunks")
         check("sink", (self.sink == 0) == (self.sink_mode == "none"), "0 exactly when sink_mode=none")
@@ -114,7 +118,9 @@ class Config:
         check("context_t", 0 <= self.context_t < 1, "within [0, 1)")
         grid = self.denoise
         falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
-        check("denoise", bool(grid) and grid[0] == 1 and grid[-1] > 0 and falling, "1.0, ... falling, above 0")
+        check(
+            "denoise", bool(grid) and grid[0] == 1 and grid[-1] > 0 and falling, "1.0, ... falling, above 0"
+        )
         check("t_min", 0 <= self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("ema", 0 <= self.ema < 1, "within [0, 1)")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
@@ -129,6 +135,11 @@ class Config:
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of one latent frame."""
         return self.channels, self.height // self.stride, self.width // self.stride
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk along time."""
+        return self.chunk // self.patch_time
 
     @property
     def chunks(self) -> int:
@@ -146,13 +157,13 @@ class Config:
 
 
 _POSITIVE = (
-    "height width objects fps frames chunk channels stride time_stride patch dim ffn layers heads time_freqs "
-    "text_length text_width shift guidance horizon group balance_window balance_temperature fuse_temperature "
+    "height width objects fps frames chunk channels stride time_stride patch patch_time dim ffn layers heads "
+    "time_freqs text_length text_width shift guidance horizon group balance_window balance_temperature fuse_temperature "
     "steps batch accumulate critic_steps lr critic_lr clip save_every eval_every eval_clips max_bad"
 ).split()
 _NOT_NEGATIVE = (
-    "codec_noise window sink beta weight_cap balance_strength floor_space floor_time motion seed critic_warmup "
-    "beta1 beta2"
+    "codec_noise window sink beta weight_cap balance_strength floor_space floor_time motion seed beta1 beta2 "
+    "critic_warmup"
 ).split()
 _CHOICES = {
     "predict": ("x", "v"),
@@ -181,8 +192,8 @@ PRESETS: dict[str, Config] = {
     ),
     "wan-1.3b": Config(
         preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
-        dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512, text_width=4096, predict="v",
-        shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200, critic_steps=5, lr=2e-6,
+        dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512, text_width=4096,
+        predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200, critic_steps=5, lr=2e-6,
         critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True, checkpointing=True, horizon=1,
         sink_decay=0.999,
     ),
@@ -217,15 +228,24 @@ def _add_field(parser: argparse.ArgumentParser, f) -> None:
     elif get_origin(f.type) is list:
         parser.add_argument(flag, action="append", type=get_args(f.type)[0])
     else:
-        parser.add_argument(flag, type=_parse(f.type), metavar=str(getattr(f.type, "__name__", f.type)).upper())
+        parser.add_argument(
+            flag, type=_parse(f.type), metavar=str(getattr(f.type, "__name__", f.type)).upper()
+        )
 
 
 def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
-    """Read `[preset] [--key=value ...]` → (Config, flags instance or None).
+    """Read `[preset] [--key=value ...]` → (Config, flags instance or None): preset, then method, then what
+    was typed.
 
-    `flags` is a dataclass with a script's own options; where it shares a name with Config, it wins. The order is
-    preset, then method, then what was typed. Raises BadInput.
+    `flags` is a dataclass with a script's own options; where it shares a name with Config, it wins. Raises
+    BadInput.
     """
+    preset, typed, own = read_cli(argv, flags, doc)
+    return build(preset, typed), own
+
+
+def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str, dict, object]:
+    """The same, before it becomes a Config → (preset, typed fields of Config, flags instance or None)."""
     own = {f.name: f for f in fields(flags)} if flags else {}
     shared = {f.name: f for f in fields(Config) if f.name not in own and f.name != "preset"}
     parser = _Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
@@ -240,13 +260,11 @@ def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str 
         hint = f"did you mean --{near[0]}?" if near else "--help lists what is allowed"
         raise BadInput(f"unknown argument {unknown[0]}; {hint}")
     typed = vars(known)
-    config = build(typed.pop("preset"), {k: v for k, v in typed.items() if k in shared})
-    if not flags:
-        return config, None
+    preset, ours = typed.pop("preset"), {k: v for k, v in typed.items() if k in own}
     for name, f in own.items():
-        if name not in typed and f.default is MISSING and f.default_factory is MISSING:
+        if name not in ours and f.default is MISSING and f.default_factory is MISSING:
             raise BadInput(f"--{name} is required")
-    return config, flags(**{k: v for k, v in typed.items() if k in own})
+    return preset, {k: v for k, v in typed.items() if k in shared}, flags(**ours) if flags else None
 
 
 def build(preset: str, typed: dict) -> Config:
@@ -259,6 +277,13 @@ def build(preset: str, typed: dict) -> Config:
     return replace(PRESETS[preset], **(METHODS[method] | typed))
 
 
+def from_words(text: str) -> Config:
+    """The inverse of json.dumps(asdict(config)); fields that have since been added keep their defaults."""
+    made = json.loads(text)
+    known = {f.name for f in fields(Config)}
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items() if k in known})
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; bad input ends it with one line on stderr and exit code 2."""
     try:
@@ -266,5 +291,3 @@ def run(main: Callable[[], None]) -> None:
     except BadInput as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         sys.exit(2)
-
-

@@ -1,9 +1,9 @@
 """What the models learn from: an endless captioned world drawn from a seed, or a folder of real clips.
 
-The world is stationary by construction: an object lives on a torus (what leaves on the right comes back on the left),
-starts anywhere, keeps its kind of motion for ever and weaves from side to side at random. Any window of the process
-looks like any other, so a model can be streamed past the length it was trained on; and because the weaving is random
-the future is not determined by the past.
+The world is stationary by construction: an object lives on a torus (what leaves on the right comes back on
+the left), starts anywhere, keeps its kind of motion for ever and weaves from side to side at random. Any
+window of the process looks like any other, so a model can be streamed past the length it was trained on; and
+because the weaving is random the future is not determined by the past.
 """
 
 import csv
@@ -18,6 +18,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import BadInput, Config
@@ -33,7 +34,13 @@ COLOURS = {
     "purple": (0.45, 0.10, 0.70),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-MOTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0), "still": (0.0, 0.0)}
+MOTIONS = {
+    "left": (-1.0, 0.0),
+    "right": (1.0, 0.0),
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+    "still": (0.0, 0.0),
+}
 SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels per frame on a 32-pixel canvas
 BACKGROUNDS = {"black": 0.05, "grey": 0.45, "white": 0.95}
 _FILLER = ("a", "an", "the", "on", "background", "moving", "standing")
@@ -44,22 +51,24 @@ RADIUS = (6.0, 7.5)  # pixels on a 32-pixel canvas
 WEAVE, TURN = 0.35, 0.125  # sideways speed as a share of forward speed; chance of a turn in each frame
 
 
-# -- randomness: every draw is a function of what it is for ----------------------------------------------------------
+# -- randomness: every draw is a function of what it is for ----------------------------------------
 
 
 def rng_for(*key: int | str) -> torch.Generator:
-    """A generator that depends on (seed, purpose, step, sample, ...) and on nothing else: resume needs no RNG state."""
+    """A generator that depends on (seed, purpose, step, sample, ...) and on nothing else: resume needs no RNG
+    state."""
     words = [int.from_bytes(k.encode(), "little") if isinstance(k, str) else k for k in key]
     state = np.random.SeedSequence(words).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 def randn(rngs: list[torch.Generator], *shape: int, device=None) -> Tensor:
-    """Standard normal noise (b *shape), sample i from generator i, so that it does not depend on the batch it is in."""
+    """Standard normal noise (b *shape), sample i from generator i, so that it does not depend on the batch it
+    is in."""
     return torch.stack([torch.randn(shape, generator=g) for g in rngs]).to(device)
 
 
-# -- language ----------------------------------------------------------------------------------------------------------
+# -- language ----------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -68,7 +77,8 @@ def _vector(word: str, width: int) -> Tensor:
 
 
 def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
-    """Words → (b l e): a fixed pseudo-random vector per word plus one per place; absent words and padding are zero.
+    """Words → (b l e): a fixed pseudo-random vector per word plus one per place; absent words and padding are
+    zero.
 
     Nothing is learned here: the transformer's own text embedding (Wan's two linear layers) does that.
     """
@@ -81,19 +91,16 @@ def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
 
 
 def parse(prompt: str, objects: int) -> list[str]:
-    """A prompt in free word order → its meaning in fixed order: (colour shape motion speed) per object, background.
+    """A prompt in free word order → its meaning in fixed order: (colour shape motion speed) per object,
+    background.
 
-    What the prompt leaves open is "". Raises BadInput for unknown words (with the nearest known one), for an empty
-    prompt, for an object described twice over, and for more objects than the model was trained on.
+    What the prompt leaves open is "". Raises BadInput for unknown words (with the nearest known one), for an
+    empty prompt, for an object described twice over, and for more objects than the model was trained on.
     """
     words = re.findall(r"[a-z]+", prompt.lower())
     if not words:
         raise BadInput("the prompt is empty; try 'a red circle moving left slowly on a black background'")
-    for word in words:
-        if word not in VOCABULARY:
-            near = difflib.get_close_matches(word, VOCABULARY, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise BadInput(f"unknown word {word!r}; {hint}known words: {' '.join(VOCABULARY)}")
+    _check_words(words, VOCABULARY)
     meaning, background = [[""] * 4], ""
     for word in words:
         if word == "and":
@@ -104,14 +111,26 @@ def parse(prompt: str, objects: int) -> list[str]:
             kind = next(i for i, known in enumerate(_CLASSES) if word in known)
             meaning[-1][kind] = _once(meaning[-1][kind], word, prompt)
     if len(meaning) > objects:
-        raise BadInput(f"the prompt names {len(meaning)} objects; this model was trained on at most {objects}")
+        raise BadInput(
+            f"the prompt names {len(meaning)} objects; this model was trained on at most {objects}"
+        )
     meaning += [[""] * 4] * (objects - len(meaning))
     return [*(word for thing in meaning for word in thing), background]
 
 
+def _check_words(words: list[str], vocabulary) -> None:
+    for word in words:
+        if word not in vocabulary:
+            near = difflib.get_close_matches(word, vocabulary, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise BadInput(f"unknown word {word!r}; {hint}known words: {' '.join(vocabulary)}")
+
+
 def _once(old: str, new: str, prompt: str) -> str:
     if old and old != new:
-        raise BadInput(f"{old!r} and {new!r} contradict each other in {prompt!r}; join two objects with 'and'")
+        raise BadInput(
+            f"{old!r} and {new!r} contradict each other in {prompt!r}; join two objects with 'and'"
+        )
     return new
 
 
@@ -126,7 +145,7 @@ def caption(meaning: list[str]) -> str:
     return " and ".join(parts) + (f" on a {background} background" if background else "")
 
 
-# -- the world ---------------------------------------------------------------------------------------------------------
+# -- the world ----------------------------------------
 
 
 @dataclass
@@ -138,7 +157,8 @@ class Batch:
 
 
 def shape_alpha(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Coverage in [0, 1] of shape number `shape` at offsets (dx, dy) from its centre; all broadcast. Pixels."""
+    """Coverage in [0, 1] of shape number `shape` at offsets (dx, dy) from its centre; all broadcast.
+    Pixels."""
     far = (dx.square() + dy.square() + 1e-9).sqrt()
     ax, ay = dx.abs(), dy.abs()
     if SHAPES[shape] == "circle":
@@ -156,28 +176,40 @@ def shape_alpha(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
 
 
 class World:
-    """`World(cfg).batch(keys)` draws captioned clips. `split`: train | select | test hold disjoint captions."""
+    """`World(cfg).batch(keys)` draws captioned clips. `split`: train | select | test hold disjoint
+    captions."""
+
+    vocabulary = VOCABULARY
 
     def __init__(self, cfg: Config, split: str = "train", drop_words: float = 0.0):
         self.cfg, self.split, self.drop_words = cfg, split, drop_words
         self.scale = min(cfg.height, cfg.width) / 32
 
     def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
-        """One clip per key (any tuple of ints and words). `times` (F,) or (b F): frames to show; default 0, 1, 2, ..."""
+        """One clip per key (any tuple of ints and words). `times` (F,) or (b F): frames to show; default 0,
+        1, 2, ..."""
         if times is None:
             times = torch.arange(self.cfg.pixel_frames)
         rngs = [rng_for("world", self.split, *key) for key in keys]
         meanings = [self.meaning(g) for g in rngs]
         shown = [self._forget(m, g) for m, g in zip(meanings, rngs, strict=True)]
-        position = torch.stack([self._move(m, g, int(times.max()) + 1) for m, g in zip(meanings, rngs, strict=True)])
+        position = torch.stack(
+            [self._move(m, g, int(times.max()) + 1) for m, g in zip(meanings, rngs, strict=True)]
+        )
         radius = torch.stack([torch.rand(self.cfg.objects, generator=g) for g in rngs])
         radius = (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * radius) * self.scale
         times = times.expand(len(keys), -1)
         position = position.gather(2, times[:, None, :, None].expand(-1, self.cfg.objects, -1, 2))
         return Batch(self.render(meanings, position, radius), [caption(m) for m in shown], shown, position)
 
+    def captions(self, keys: list[tuple]) -> list[list[str]]:
+        """Words for `tokenize`, one caption per key, as `batch` would draw them, without drawing the
+        clips."""
+        return [self.meaning(rng_for("world", self.split, *key)) for key in keys]
+
     def meaning(self, rng: torch.Generator) -> list[str]:
-        """Draw a scene that belongs to this split; the split is a hash of the caption, so it is the same for ever."""
+        """Draw a scene that belongs to this split; the split is a hash of the caption, so it is the same for
+        ever."""
         while True:
             colours = torch.randperm(len(COLOURS), generator=rng)
             words = []
@@ -196,7 +228,8 @@ class World:
                 for i, (w, k) in enumerate(zip(meaning, keep, strict=True))]  # fmt: skip
 
     def _move(self, meaning: list[str], rng: torch.Generator, frames: int) -> Tensor:
-        """Positions (objects frames 2): uniform start, constant forward speed, sideways speed a random telegraph."""
+        """Positions (objects frames 2): uniform start, constant forward speed, sideways speed a random
+        telegraph."""
         canvas = torch.tensor([self.cfg.width, self.cfg.height])
         paths = []
         for i in range(self.cfg.objects):
@@ -217,7 +250,9 @@ class World:
         for b, meaning in enumerate(meanings):
             for i in range(self.cfg.objects):
                 colour, shape = meaning[4 * i : 4 * i + 2]
-                dx = (xs - position[b, i, :, :1] + w / 2) % w - w / 2  # (F W): the shorter way round the torus
+                dx = (
+                    xs - position[b, i, :, :1] + w / 2
+                ) % w - w / 2  # (F W): the shorter way round the torus
                 dy = (ys - position[b, i, :, 1:] + h / 2) % h - h / 2
                 alpha = shape_alpha(SHAPES.index(shape), dx[:, None, :], dy[:, :, None], radius[b, i])
                 paint = torch.tensor(COLOURS[colour])[:, None, None]
@@ -233,3 +268,117 @@ def split_of(meaning: list[str]) -> str:
     """train (80 %), select (10 %) or test (10 % of all captions), by a hash of the caption."""
     bucket = int(np.random.SeedSequence(list(" ".join(meaning).encode())).generate_state(1)[0]) % 10
     return "test" if bucket == 0 else "select" if bucket == 1 else "train"
+
+
+# -- real clips ----------------------------------------
+
+
+def read_clip(path: Path, cfg: Config) -> Tensor:
+    """A clip or a picture → bytes (F 3 H W) at cfg.fps, cut to the canvas' shape around the centre. Raises
+    BadInput."""
+    path = Path(path)
+    still = path.suffix.lower() in (".gif", ".webp", ".png", ".jpg", ".jpeg", ".bmp")
+    try:
+        frames = iio.imread(path, index=..., plugin="pillow" if still else "FFMPEG")
+        skip = 1 if still else max(1, round(iio.immeta(path, plugin="FFMPEG")["fps"] / cfg.fps))
+    except Exception as error:  # every decoder behind imageio raises errors of its own
+        reason = (
+            "no such file"
+            if not path.exists()
+            else str(error).splitlines()[0]
+            if str(error)
+            else "unreadable"
+        )
+        raise BadInput(f"clip {path} cannot be read: {reason}") from error
+    video = torch.from_numpy(np.ascontiguousarray(frames[::skip, ..., :3])).permute(0, 3, 1, 2).float()
+    h, w = video.shape[-2:]
+    side = min(h / cfg.height, w / cfg.width)
+    cut_h, cut_w = round(cfg.height * side), round(cfg.width * side)
+    top, left = (h - cut_h) // 2, (w - cut_w) // 2
+    video = video[:, :, top : top + cut_h, left : left + cut_w]
+    video = F.interpolate(video, (cfg.height, cfg.width), mode="bilinear", antialias=True)
+    return video.round().clamp(0, 255).byte()
+
+
+class ClipFolder:
+    """Real clips: mp4, gif or webp with metadata.jsonl or metadata.csv (file_name, text), as Hugging Face has
+    it.
+
+    Same interface as World; a clip is a random window. Past its end a clip runs backwards. Raises BadInput
+    when there is no metadata or no usable clip; a broken or too short one is left out with a warning that
+    names it.
+    """
+
+    def __init__(self, cfg: Config, folder: str):
+        self.cfg = cfg
+        self.clips: list[tuple[Tensor, str]] = []
+        for name, text in _metadata(Path(folder)):
+            try:
+                video = read_clip(Path(folder) / name, cfg)
+            except BadInput as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+                continue
+            if len(video) < cfg.pixel_frames:
+                short = f"{name} has {len(video)} frames at {cfg.fps} a second, {cfg.pixel_frames} are needed"
+                warnings.warn(f"left out: {short}", stacklevel=2)
+                continue
+            self.clips.append((video, text))
+        if not self.clips:
+            raise BadInput(f"--data={folder} holds no usable clip of at least {cfg.pixel_frames} frames")
+        self.vocabulary = sorted({word for _, text in self.clips for word in free_words(text)})
+
+    def _choose(self, key: tuple) -> tuple[Tensor, str, torch.Generator]:
+        rng = rng_for("clip", *key)
+        return *self.clips[_pick(rng, len(self.clips))], rng
+
+    def captions(self, keys: list[tuple]) -> list[list[str]]:
+        return [free_words(self._choose(key)[1]) for key in keys]
+
+    def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
+        times = torch.arange(self.cfg.pixel_frames) if times is None else times
+        videos, prompts = [], []
+        for key, shown in zip(keys, times.expand(len(keys), -1), strict=True):
+            video, text, rng = self._choose(key)
+            at = (_pick(rng, len(video) - self.cfg.pixel_frames + 1) + shown) % (2 * len(video))
+            videos.append(video[torch.minimum(at, 2 * len(video) - 1 - at)].float() / 255)
+            prompts.append(text)
+        return Batch(torch.stack(videos), prompts, [free_words(p) for p in prompts])
+
+
+def free_words(text: str) -> list[str]:
+    """A caption in nobody's vocabulary → its words in order."""
+    return re.findall(r"[\w']+", text.lower())
+
+
+def _metadata(folder: Path) -> list[tuple[str, str]]:
+    """(file name, caption) of every clip. Raises BadInput."""
+    if (folder / "metadata.jsonl").is_file():
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        try:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{folder}/metadata.jsonl is not JSON lines: {error}") from error
+    elif (folder / "metadata.csv").is_file():
+        with open(folder / "metadata.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        raise BadInput(f"--data={folder} holds no metadata.jsonl or metadata.csv (file_name, text)")
+    if any("file_name" not in row or "text" not in row for row in rows):
+        raise BadInput(f"--data={folder}: every row of the metadata needs file_name and text")
+    return [(row["file_name"], row["text"]) for row in rows]
+
+
+def source_of(cfg: Config, split: str = "train", drop_words: float = 0.0) -> World | ClipFolder:
+    """The world, or the folder cfg.data names."""
+    return ClipFolder(cfg, cfg.data) if cfg.data else World(cfg, split, drop_words)
+
+
+def understand(prompt: str, cfg: Config, vocabulary: list[str]) -> list[str]:
+    """A person's prompt → words for `tokenize`; `vocabulary` is a clip folder's. Raises BadInput."""
+    if not cfg.data:
+        return parse(prompt, cfg.objects)
+    words = free_words(prompt)
+    if not words:
+        raise BadInput("the prompt is empty")
+    _check_words(words, vocabulary)
+    return words

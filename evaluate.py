@@ -1,20 +1,43 @@
 """Objective measures, from pixels alone, against what the prompt asked for. No learned network takes part.
 
-    python evaluate.py --student=assets/tiny/stream_r1.safetensors      a table with 95 % intervals
+    python evaluate.py                                   # the shipped nets: a table with 95 % intervals
+    python evaluate.py --student=out/train/student.safetensors --clips=64
 
 Each clip gives, per object and then averaged over objects:
-colour, shape, direction, speed, background   1 if it is what the prompt says, else 0 (nan where the prompt is silent)
-jitter       rms second difference of the object's centre, pixels on a 32-pixel canvas; weaving alone gives about 0.2
+colour, shape, direction, speed, background: 1 if it is what the prompt says, else 0 (nan where it says nothing)
+jitter       rms second difference of the object's centre, pixels on a 32-pixel canvas (weaving alone: about 0.2)
 sharpness    mean |2a - 1| over the object's pixels, a = coverage; 1 = every pixel decided
 noise        standard deviation of background pixels away from the object
 saturation   of the object, last quarter of the frames minus the first: drift
 """
 
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import BACKGROUNDS, COLOURS, MOTIONS, RADIUS, SHAPES, SPEEDS, parse, shape_alpha
+from checkpoint import load_weights, read_header, write_atomically
+from codec import Codec
+from config import BadInput, Config, from_cli, from_words, run
+from data import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    RADIUS,
+    SHAPES,
+    SPEEDS,
+    World,
+    caption,
+    parse,
+    rng_for,
+    shape_alpha,
+    tokenize,
+)
+from model import VideoDiT
+from rollout import rollout, sample_teacher
 
 ACCURACIES = ("colour", "shape", "direction", "speed")
 _PALETTE = torch.tensor(list(COLOURS.values()))
@@ -24,13 +47,16 @@ _QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
 
 
 def measure(video01: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """video01 (b F 3 H W) in [0, 1], one prompt each → {measure: (b,)}. Frames as many as you like, at least 4."""
+    """video01 (b F 3 H W) in [0, 1], one prompt each → {measure: (b,)}. Frames as many as you like, at least
+    4."""
     clips = []
     for clip, prompt in zip(video01.float().cpu(), prompts, strict=True):
         things = len(prompt.lower().split(" and "))
         *words, background = parse(prompt, things)
         wanted = [words[4 * i : 4 * i + 4] for i in range(things)]
-        base = clip.permute(1, 0, 2, 3).flatten(1).median(dim=1).values  # the object never covers half the canvas
+        base = (
+            clip.permute(1, 0, 2, 3).flatten(1).median(dim=1).values
+        )  # the object never covers half the canvas
         per_object = [_measure_object(clip, base, want, wanted) for want in wanted]
         result = {k: torch.stack([m[k] for m in per_object]).mean() for k in per_object[0]}
         nearest = (base.mean() - _GREYS).abs().argmin()
@@ -44,7 +70,9 @@ def _agree(word: str, words: tuple, found: int) -> Tensor:
     return torch.tensor(float("nan") if not word else float(words[found] == word))
 
 
-def _measure_object(clip: Tensor, base: Tensor, want: list[str], wanted: list[list[str]]) -> dict[str, Tensor]:
+def _measure_object(
+    clip: Tensor, base: Tensor, want: list[str], wanted: list[list[str]]
+) -> dict[str, Tensor]:
     colour, shape, motion, speed = want
     scale = min(clip.shape[-2:]) / 32
     found, raw, paint = _segment(clip, base, colour, [w[0] for w in wanted])
@@ -118,20 +146,29 @@ def _direction(velocity: Tensor) -> str:
 
 
 def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
-    """The shape whose rendering at the measured centre overlaps most (soft IoU), at its best size, over all frames."""
+    """The shape whose rendering at the measured centre overlaps most (soft IoU), at its best size, over all
+    frames."""
     h, w = alpha.shape[-2:]
     radii = torch.linspace(RADIUS[0] - 0.5, RADIUS[1] + 0.5, 6) * scale
     xs, ys = torch.arange(w) + 0.5, torch.arange(h) + 0.5
     scores = []
     for shape in range(len(SHAPES)):
-        still = shape_alpha(shape, (xs - w / 2)[None, None], (ys - h / 2)[None, :, None], radii[:, None, None])
-        offset = _centre(_soft_step(still)) - torch.tensor([w / 2, h / 2])  # of the mass from the origin: triangles
+        still = shape_alpha(
+            shape, (xs - w / 2)[None, None], (ys - h / 2)[None, :, None], radii[:, None, None]
+        )
+        offset = _centre(_soft_step(still)) - torch.tensor(
+            [w / 2, h / 2]
+        )  # of the mass from the origin: triangles
         at = centre[:, None] - offset[None]  # (F radii 2)
         dx = (xs - at[..., :1] + w / 2) % w - w / 2
         dy = (ys - at[..., 1:] + h / 2) % h - h / 2
-        drawn = _soft_step(shape_alpha(shape, dx[:, :, None, :], dy[:, :, :, None], radii[None, :, None, None]))
+        drawn = _soft_step(
+            shape_alpha(shape, dx[:, :, None, :], dy[:, :, :, None], radii[None, :, None, None])
+        )
         seen = alpha[:, None]
-        overlap = torch.minimum(drawn, seen).sum((-1, -2)) / torch.maximum(drawn, seen).sum((-1, -2)).clamp(min=1e-6)
+        overlap = torch.minimum(drawn, seen).sum((-1, -2)) / torch.maximum(drawn, seen).sum((-1, -2)).clamp(
+            min=1e-6
+        )
         scores.append(overlap.max(1).values.mean())
     return int(torch.stack(scores).argmax())
 
@@ -150,3 +187,83 @@ def _saturation(clip: Tensor, raw: Tensor) -> Tensor:
     core = raw > 0.8
     colourful = clip.amax(1) - clip.amin(1)
     return (colourful * core).sum((1, 2)) / core.sum((1, 2)).clamp(min=1)
+
+
+# -- the table ----------------------------------------
+
+
+@dataclass(frozen=True)
+class Flags:
+    nets: str = ""  # folder with codec, teacher, causal, stream_r1; default assets/<preset>
+    student: str = ""  # one student instead of the shipped nets
+    clips: int = 128  # held-out prompts
+    noises: int = 3  # noise seeds
+    out: str = "out/evaluation.json"
+
+
+@torch.no_grad()
+def score(net: VideoDiT, codec: Codec, cfg: Config, flags: Flags, how: str) -> dict[str, Tensor]:
+    """Measures of `clips` x `noises` samples for prompts of the test split → {measure: (noises clips)}.
+
+    how: teacher (25 steps, the whole clip at once) | within (a rollout of the training length) | beyond (the last
+    clip's worth of frames of a rollout four times that long).
+    """
+    words = World(cfg, "test").captions([("evaluate", i) for i in range(flags.clips)])
+    prompts, text = [caption(w) for w in words], tokenize(words, cfg.text_length, cfg.text_width)
+    rows = []
+    for noise in range(flags.noises):
+        parts = []
+        for first in range(0, flags.clips, 32):
+            some = text[first : first + 32].to(cfg.device)
+            rngs = [rng_for("evaluate", noise, first + i) for i in range(len(some))]
+            chunks = cfg.chunks * (4 if how == "beyond" else 1)
+            x = (
+                sample_teacher(net, some, cfg, rngs)
+                if how == "teacher"
+                else rollout(net, some, cfg, rngs, chunks)
+            )
+            parts.append(codec.decode(x).float().cpu())
+        rows.append(measure(torch.cat(parts), prompts))
+    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half of a 95 % interval over prompts (noises clips): noise seeds of one prompt are not independent."""
+    per_prompt = values.nanmean(0)
+    per_prompt = per_prompt[per_prompt.isfinite()]
+    return float(per_prompt.mean()), float(1.96 * per_prompt.std() / len(per_prompt) ** 0.5)
+
+
+def main() -> None:
+    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    nets = Path(flags.nets or f"assets/{cfg.preset}")
+    jobs = [("teacher", "teacher", "teacher"), ("causal start", "causal", "within"), ("stream_r1", "stream_r1", "within"),
+            ("stream_r1, 4x length", "stream_r1", "beyond")]  # fmt: skip
+    paths = {kind: nets / f"{kind}.safetensors" for _, kind, _ in jobs}
+    if flags.student:
+        paths = {"student": Path(flags.student)}
+        jobs = [("student", "student", "within"), ("student, 4x length", "student", "beyond")]
+    if flags.clips < 2 or flags.noises < 1:
+        raise BadInput(
+            f"clips={flags.clips}, noises={flags.noises} is not possible; allowed: 2 or more, 1 or more"
+        )
+    table = {}
+    for label, name, how in jobs:
+        header = read_header(paths[name])
+        made = replace(from_words(header["config"]), device=device)
+        net = load_weights(paths[name], VideoDiT(made), made, header["kind"]).to(device)
+        codec = load_weights(nets / "codec.safetensors", Codec(made), made, "codec").to(device)
+        measured = score(net, codec, made, flags, how)
+        table[label] = {k: interval(v) for k, v in measured.items()}
+        cells = " ".join(f"{k} {m:.3f}±{h:.3f}" for k, (m, h) in table[label].items())
+        print(f"{label:22} {cells}", flush=True)
+    path = Path(flags.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"clips": flags.clips, "noises": flags.noises, "rows": table}, indent=1)
+    write_atomically(path, lambda name: name.write_text(text))
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main)

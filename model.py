@@ -1,7 +1,8 @@
 """Flow identities, the causal video transformer, and what it remembers.
 
-Axes everywhere: b batch · f latent frames · c h w latent channels, height, width · F H W pixels · n tokens · a heads ·
-d head width · l e text length, width · s reward axes. Latent video is (b f c h w); pixel video in [0, 1] is video01.
+Axes everywhere: b batch · f latent frames · c h w latent channels, height, width · F H W pixels · n tokens ·
+a heads · d head width · l e text length, width · s reward axes. Latent video is (b f c h w); pixel video in
+[0, 1] is video01.
 
 Time t is a float in [0, 1], 1 = noise, one per latent frame (b f):
 
@@ -9,10 +10,13 @@ Time t is a float in [0, 1], 1 = noise, one per latent frame (b f):
 
 exactly, in fp32; the factor 1000 of other code exists only inside the sinusoidal embedding.
 
-The transformer is Wan2.1's, parameter names included, so that one class serves a toy and the real 1.3B weights. It is
-used in three ways: bidirectional (teacher, critic), under a block-causal mask (causal start), and chunk by chunk with
-a cache (student). A forward pass never writes: it returns its own keys and values, and whoever runs it commits them.
+The transformer is Wan2.1's, parameter names included, so that one class serves a toy and the real 1.3B
+weights. It is used in three ways: bidirectional (teacher, critic), under a block-causal mask (causal start),
+and chunk by chunk with a cache (student). A forward pass never writes: it returns its own keys and values,
+and whoever runs it commits them.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +46,12 @@ def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-# -- positions -----------------------------------------------------------------------------------------------------------
+# -- positions ----------------------------------------
 
 
 class Rope(nn.Module):
-    """3-D rotary positions: the head's width is split over time, rows and columns as Wan does (44, 42, 42 of 128)."""
+    """3-D rotary positions: the head's width is split over time, rows and columns as Wan does (44, 42, 42 of
+    128)."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -77,11 +82,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return rearrange(turned, "... d two -> ... (d two)").to(x.dtype)
 
 
-# -- what a chunk may see ------------------------------------------------------------------------------------------------
+# -- what a chunk may see ----------------------------------------
 
 
 def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> Tensor:
-    """(f f) bool, row sees column: own chunk and the past, of it the last `window` - 1 chunks and the first `sink`."""
+    """(f f) bool, row sees column: own chunk and the past, of it the last `window` - 1 chunks and the first
+    `sink`."""
     block = torch.arange(frames) // chunk
     query, key = block[:, None], block[None, :]
     near = key > query - window + sink if window else torch.ones(frames, frames, dtype=torch.bool)
@@ -89,7 +95,8 @@ def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> Ten
 
 
 def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Mask (2f 2f) and positions (2f) for the sequence [clean | noisy]: a noisy chunk sees itself and the clean past."""
+    """Mask (2f 2f) and positions (2f) for the sequence [clean | noisy]: a noisy chunk sees itself and the
+    clean past."""
     block = torch.arange(frames) // chunk
     own, past = block[:, None] == block, block[:, None] > block
     mask = torch.cat([torch.cat([own | past, torch.zeros_like(own)], 1), torch.cat([past, own], 1)])
@@ -97,29 +104,34 @@ def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 class ListCache:
-    """The readable cache: a list of chunks, sink first, then oldest to newest. Nothing is overwritten in place, so a
-    rollout that recomputes activations in its backward pass sees what the forward pass saw. Use it for training.
+    """The readable cache: a list of chunks, sink first, then oldest to newest. Nothing is overwritten in
+    place, so a rollout that recomputes activations in its backward pass sees what the forward pass saw. Use
+    it for training.
 
-    Positions are relative to the window: the oldest remembered chunk is always at 0, so a stream may run for ever.
+    Positions are relative to the window: the oldest remembered chunk is always at 0, so a stream may run for
+    ever.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config):
         self.rope, self.cfg = model.rope, cfg
         self.chunks: list[KV] = []
-        self.keys: list[Tensor] = []  # per layer, all chunks joined and rotated: once a chunk, not once a pass
+        self.keys: list[
+            Tensor
+        ] = []  # per layer, all chunks joined and rotated: once a chunk, not once a pass
         self.values: list[Tensor] = []
 
     @property
     def position(self) -> int:
-        """Frame position of the chunk that comes next."""
-        return len(self.chunks) * self.cfg.chunk
+        """Position, in tokens along time, of the chunk that comes next."""
+        return len(self.chunks) * self.cfg.chunk_tokens
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, None] | None:
         """Rotated keys and values (b m a d) of everything remembered, or None when nothing is."""
         return (self.keys[layer], self.values[layer], None) if self.chunks else None
 
     def commit(self, kv: KV) -> None:
-        """Remember a clean chunk; when the window is full the oldest one leaves, into the sink if it is an EMA."""
+        """Remember a clean chunk; when the window is full the oldest one leaves, into the sink if it is an
+        EMA."""
         cfg = self.cfg
         self.chunks.append(kv if cfg.kv_grad else [(k.detach(), v.detach()) for k, v in kv])
         if len(self.chunks) > cfg.cached_chunks:
@@ -141,30 +153,45 @@ class ListCache:
 
 
 class RingCache:
-    """The fast cache: one static buffer a layer, slots [sink | ring], the evicted slot is overwritten in place.
+    """The fast cache: one static buffer a layer, slots [sink | ring], the evicted slot is overwritten in
+    place.
 
-    How full it is and where slots stand are tensors, and empty slots are masked: every chunk runs the same operations
-    on the same shapes without asking the device anything, which is what a CUDA graph needs. No gradient; streaming only.
+    How full it is and where slots stand are tensors, and empty slots are masked: every chunk runs the same
+    operations on the same shapes without asking the device anything, which is what a CUDA graph needs. No
+    gradient; streaming only.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
         h, w = cfg.grid
         device = model.patch_embedding.weight.device
-        shape = (cfg.layers, batch, cfg.cached_chunks, cfg.chunk * h * w, cfg.heads, cfg.dim // cfg.heads)
+        shape = (
+            cfg.layers,
+            batch,
+            cfg.cached_chunks,
+            cfg.chunk_tokens * h * w,
+            cfg.heads,
+            cfg.dim // cfg.heads,
+        )
         self.rope, self.cfg = model.rope, cfg
         self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
-        self.sink = torch.zeros(2, *shape[:2], *shape[3:], device=device)  # an EMA needs fp32: in bf16 it stands still
+        self.sink = torch.zeros(
+            2, *shape[:2], *shape[3:], device=device
+        )  # an EMA needs fp32: in bf16 it stands still
         self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
         self.mask = torch.zeros(1, 1, 1, shape[2] * shape[3], dtype=torch.bool, device=device)
 
     @property
     def position(self) -> Tensor:
-        return self.count.clamp(max=self.cfg.cached_chunks) * self.cfg.chunk
+        return self.count.clamp(max=self.cfg.cached_chunks) * self.cfg.chunk_tokens
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated keys and values (b slots a d), and which slots are filled (1 1 1 slots)."""
         keys, values = self.keys[layer], self.values[layer]
-        return rearrange(keys, "b m n a d -> b (m n) a d"), rearrange(values, "b m n a d -> b (m n) a d"), self.mask
+        return (
+            rearrange(keys, "b m n a d -> b (m n) a d"),
+            rearrange(values, "b m n a d -> b (m n) a d"),
+            self.mask,
+        )
 
     @torch.no_grad()
     def commit(self, kv: KV) -> None:
@@ -173,7 +200,9 @@ class RingCache:
         new = [torch.stack(parts) for parts in zip(*kv, strict=True)]  # keys, values: (layers b n a d)
         slot = torch.where(self.count < slots, self.count, cfg.sink + (self.count - cfg.sink) % ring)[None]
         if cfg.sink_mode == "ema":
-            evicted = torch.stack([self.raw.index_select(2, slot)[:, :, 0], self.values.index_select(2, slot)[:, :, 0]])
+            evicted = torch.stack(
+                [self.raw.index_select(2, slot)[:, :, 0], self.values.index_select(2, slot)[:, :, 0]]
+            )
             ema = self.sink.lerp(evicted.float(), 1 - cfg.sink_decay)
             first = torch.stack(new).float()
             kept = torch.where(self.count >= slots, ema, self.sink)
@@ -189,9 +218,13 @@ class RingCache:
         """Rotate every slot's keys to where it now stands in the window."""
         cfg = self.cfg
         slot = torch.arange(slots, device=self.count.device)
-        age = torch.where(self.count > slots, (slot - cfg.sink - (self.count - cfg.sink)) % ring + cfg.sink, slot)
+        age = torch.where(
+            self.count > slots, (slot - cfg.sink - (self.count - cfg.sink)) % ring + cfg.sink, slot
+        )
         order = torch.where(slot < cfg.sink, slot, age)
-        frames = (order[:, None] * cfg.chunk + torch.arange(cfg.chunk, device=slot.device)).flatten()
+        frames = (
+            order[:, None] * cfg.chunk_tokens + torch.arange(cfg.chunk_tokens, device=slot.device)
+        ).flatten()
         angles = rearrange(self.rope.angles(frames, *cfg.grid), "two (m n) 1 d -> two m n 1 d", m=slots)
         self.keys.copy_(rotate(self.raw, angles))
         filled = (slot < self.count)[:, None].expand(-1, self.raw.shape[3])
@@ -203,7 +236,7 @@ class RingCache:
         self.sink.zero_()
 
 
-# -- the transformer -----------------------------------------------------------------------------------------------------
+# -- the transformer ----------------------------------------
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
@@ -222,7 +255,8 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
 
     def forward(self, x, angles, past=None, mask=None):
-        """x (b n a*d); past: keys, values and their mask → output (b n a*d), own (keys before RoPE, values)."""
+        """x (b n a*d); past: keys, values and their mask → output (b n a*d), own (keys before RoPE,
+        values)."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
         q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
         k, own = rotate(k, angles), (k, v)
@@ -235,7 +269,8 @@ class SelfAttention(nn.Module):
 
 class CrossAttention(SelfAttention):
     def forward(self, x, context):
-        """x (b n a*d), context (b l a*d) → (b n a*d). Text has no positions; padding is attended to, as in Wan."""
+        """x (b n a*d), context (b l a*d) → (b n a*d). Text has no positions; padding is attended to, as in
+        Wan."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
         return self.o(_attend(q, k, v, None))
@@ -291,15 +326,17 @@ class VideoDiT(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        dim, p = cfg.dim, cfg.patch
-        self.patch, self.predict, self.time_freqs = p, cfg.predict, cfg.time_freqs
+        dim, size = cfg.dim, (cfg.patch_time, cfg.patch, cfg.patch)
+        self.size, self.predict, self.time_freqs = size, cfg.predict, cfg.time_freqs
         self.checkpointing = cfg.checkpointing
-        self.patch_embedding = nn.Conv3d(cfg.channels, dim, (1, p, p), stride=(1, p, p))
-        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_width, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.patch_embedding = nn.Conv3d(cfg.channels, dim, size, stride=size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(cfg.text_width, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(cfg.time_freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.ffn, cfg.heads) for _ in range(cfg.layers))
-        self.head = Head(dim, p * p * cfg.channels)
+        self.head = Head(dim, math.prod(size) * cfg.channels)
         self.rope = Rope(dim // cfg.heads)
         self._initialise()
 
@@ -309,33 +346,36 @@ class VideoDiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for i in (0, 2):
-            nn.init.normal_(self.text_embedding[i].weight, std=0.02)
-            nn.init.normal_(self.time_embedding[i].weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     def forward(self, xt, t, text, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
-        """`cache`: remembered chunks come before this one. `mask` (f f), `positions` (f,): for a pass without a cache."""
-        f, h, w = xt.shape[1], xt.shape[3] // self.patch, xt.shape[4] // self.patch
-        x = rearrange(xt, "b f c (h p) (w q) -> b (f h w) (c p q)", p=self.patch, q=self.patch)
+        """`cache`: remembered chunks come before this one. For a pass without one, `mask` (f f) and
+        `positions` (f,) of latent frames; frames that share a token share their time, position and mask."""
+        r, p, q = self.size
+        f, h, w = xt.shape[1] // r, xt.shape[3] // p, xt.shape[4] // q  # the token grid
+        x = rearrange(xt, "b (f r) c (h p) (w q) -> b (f h w) (c r p q)", r=r, p=p, q=q)
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # (b n d)
         with torch.autocast(xt.device.type, enabled=False):  # bf16 cannot tell neighbouring times apart
-            e = self.time_embedding(sinusoid(t, self.time_freqs).to(self.head.modulation.dtype))  # (b f d)
+            e = self.time_embedding(
+                sinusoid(t[:, ::r], self.time_freqs).to(self.head.modulation.dtype)
+            )  # (b f d)
             e6 = rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
         context = self.text_embedding(text)  # (b l d)
         if positions is None:
             positions = torch.arange(f, device=xt.device) + (cache.position if cache else 0)
+        else:
+            positions = positions[::r].to(xt.device) // r
         angles = self.rope.angles(positions, h, w)
         if mask is not None:
-            mask = mask.to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
+            mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
         kv = []
         for i, block in enumerate(self.blocks):
             args = (x, e6, context, angles, cache.read(i) if cache else None, mask)
             recompute = self.checkpointing and torch.is_grad_enabled()
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             kv.append(own)
-        out = rearrange(self.head(x, e).float(), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=self.patch,
-                        q=self.patch)  # fmt: skip
+        out = self.head(x, e).float()
+        out = rearrange(out, "b (f h w) (r p q c) -> b (f r) c (h p) (w q)", f=f, h=h, r=r, p=p, q=q)
         if self.predict == "x":
             out = (xt - out) / rearrange(t.clamp(min=T_MIN), "b f -> b f 1 1 1")
         return out, kv

@@ -2,13 +2,11 @@
 
     python pretrain.py                          # all four stages, tiny preset
     python pretrain.py tiny --stage=teacher     # one stage
-    python pretrain.py tiny --data=clips        # a folder of clips with metadata.jsonl instead of the procedural world
+    python pretrain.py tiny --data=clips        # a folder of captioned clips instead of the procedural world
 
 Every stage prints what to expect, saves as it goes (--resume), and leaves a contact sheet.
 """
 
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,23 +20,25 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from checkpoint import load_state, load_weights, save_state, save_weights, writable_folder
+from checkpoint import load_state, load_weights, save_state, save_weights, stop_on_signal, writable_folder
 from codec import Codec
 from config import BadInput, Config, from_cli, run
-from data import World, randn, rng_for, tokenize
-from model import VideoDiT, add_noise, shift_time
-from plot import contact_sheet
+from corrupt import worse_looks, worse_motion, wrong_words
+from data import World, randn, rng_for, source_of, tokenize
+from model import VideoDiT, add_noise, shift_time, teacher_forcing
+from reward import AXES, RewardModel
+from rollout import rollout, sample_teacher
 
 
 @dataclass(frozen=True)
 class Flags:
     stage: str = "all"  # codec | teacher | causal | reward | all
     out: str = "out/pretrain"
-    data: str = ""
+    rivals: str = ""  # students whose clips the reward model learns to put below real ones, comma-separated
     resume: bool = False
     steps: int = 0  # 0: the stage's own
     batch: int = 0
-    lr: float = 0.0
+    lr: float = 0.0  # Muon's; AdamW runs at half of it
 
 
 @dataclass(frozen=True)
@@ -52,53 +52,67 @@ class Stage:
 
 
 STAGES = {
-    "codec": Stage("codec", 4000, 96, 2e-3, "PSNR above 30 dB"),
-    "teacher": Stage("teacher", 14000, 32, 1.5e-3, "loss falls below 0.2"),
-    "causal": Stage("causal", 2500, 32, 5e-4, "loss near the teacher's"),
+    "codec": Stage("codec", 4000, 96, 4e-3, "PSNR above 30 dB"),
+    "teacher": Stage("teacher", 16000, 24, 4e-3, "loss near 0.5"),
+    "causal": Stage("causal", 2500, 24, 1e-3, "loss near the teacher's"),
+    "reward": Stage("reward", 2500, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
 
 
-def learn(stage: Stage, net: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], cfg: Config, flags: Flags):
-    """Minimise loss_of(net, step) with AdamW: warm-up, constant, linear decay over the last 40 % → averaged weights."""
+def learn(
+    stage: Stage, net: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], cfg: Config, flags: Flags
+):
+    """Minimise loss_of(net, step) with AdamW: warm-up, constant, linear decay over the last 40 % → averaged
+    weights."""
     folder = writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
-    opt = torch.optim.AdamW(net.parameters(), lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    opts = optimizers(net, stage.lr)
     state = load_state(folder, cfg) if flags.resume else None
     if state:
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
-        opt.load_state_dict(state["opt"])
-    stop = _stop_on_signal()
+        for opt, saved in zip(opts, state["opts"], strict=True):
+            opt.load_state_dict(saved)
+    stop = stop_on_signal()
     first = state["step"] if state else 0
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name, mininterval=2)
     smooth = None
     for step in bar:
         warm, left = (step + 1) / 100, (stage.steps - step) / (0.4 * stage.steps)
-        opt.param_groups[0]["lr"] = stage.lr * min(1.0, warm, left)
+        for opt in opts:
+            opt.param_groups[0]["lr"] = opt.defaults["lr"] * min(1.0, warm, left)
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             loss = loss_of(net, step)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
         averaged.update_parameters(net)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == stage.steps or stop:
-            state = {"net": net.state_dict(), "averaged": averaged.state_dict(), "opt": opt.state_dict()}
-            save_state(folder, step + 1, state | {"config": asdict(cfg)})
+            state = {"net": net.state_dict(), "averaged": averaged.state_dict()}
+            save_state(
+                folder, step + 1, state | {"opts": [o.state_dict() for o in opts], "config": asdict(cfg)}
+            )
         if stop:
             print(f"stopped after step {step + 1}; --resume goes on from there")
             sys.exit(0)
     return averaged.module.eval()
 
 
-def _stop_on_signal() -> list:
-    """A list that is empty until SIGTERM or SIGINT arrives."""
-    stop: list = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: stop.append(number))
-    return stop
+def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW; a transformer's matrices get Muon, which needs about a quarter of the clips here (LOG.md)."""
+    matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if isinstance(net, VideoDiT) else []
+    taken = {id(p) for p in matrices}
+    rest = [p for p in net.parameters() if id(p) not in taken]
+    opts: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
+    ]
+    if matrices:
+        opts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return opts
 
 
 def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
@@ -112,14 +126,17 @@ def train_codec(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 
     def loss_of(net, step):
         video = source.batch(keys(cfg, stage, step), torch.zeros(1, dtype=torch.long)).video01
-        noise = torch.randn(len(video), 1, *cfg.latent_shape, generator=rng_for(cfg.seed, "codec noise", step))
+        noise = torch.randn(
+            len(video), 1, *cfg.latent_shape, generator=rng_for(cfg.seed, "codec noise", step)
+        )
         return net.train().loss(video.to(cfg.device), noise.to(cfg.device))
 
     return learn(stage, net.to(cfg.device), loss_of, cfg, flags)
 
 
 def noisy_batch(cfg: Config, stage: Stage, step: int, source, codec, times=None):
-    """Latents (b f c h w) of fresh clips, noise of that shape, and text (b l e) that is dropped from one clip in ten."""
+    """Latents (b f c h w) of fresh clips, noise of that shape, and text (b l e) that is dropped from one clip
+    in ten."""
     batch = source.batch(keys(cfg, stage, step), times)
     with torch.no_grad():
         x = codec.encode(batch.video01.to(cfg.device)).float()
@@ -145,16 +162,148 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     return learn(stage, VideoDiT(cfg).to(cfg.device), loss_of, cfg, flags)
 
 
-TRAINERS = {"codec": train_codec, "teacher": train_teacher}
+def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
+    """Teacher forcing from the teacher's weights: a noisy chunk, with a time of its own, sees the clean past.
+
+    In half of the clips the first chunk lies further back, as a sink does once a stream has run for a while.
+    """
+    codec = load_weights(Path(flags.out) / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
+    net = load_weights(Path(flags.out) / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").to(cfg.device)
+    mask, positions = teacher_forcing(cfg.frames, cfg.chunk)
+
+    def loss_of(net, step):
+        rng = rng_for(cfg.seed, "gap", step)
+        gap = torch.randint(0, 4 * cfg.frames, (stage.batch, 1), generator=rng)
+        gap *= torch.rand(stage.batch, 1, generator=rng) < 0.5
+        first = cfg.pixel_frames * cfg.chunk // cfg.frames
+        times = torch.arange(cfg.pixel_frames)[None] + gap * (torch.arange(cfg.pixel_frames) >= first)
+        x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec, times)
+        u = torch.stack([torch.rand(cfg.chunks, generator=g) for g in rngs]).to(cfg.device)
+        t = shift_time(u, cfg.shift).repeat_interleave(cfg.chunk, 1)
+        both = torch.cat([x, add_noise(x, noise, t)], dim=1)
+        v, _ = net(both, torch.cat([torch.zeros_like(t), t], dim=1), text, mask=mask, positions=positions)
+        return F.mse_loss(v[:, cfg.frames :], noise - x)
+
+    return learn(stage, net, loss_of, cfg, flags)
+
+
+def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
+    """Bradley-Terry on pairs: -log σ(r_good - r_bad) on the axis that was damaged; the other axes are held
+    level.
+
+    The good clip has been through the codec, so that the reward does not ask for what no student can give.
+    Clips of the models themselves lose against real ones on every axis: a reward must not prefer what a
+    generator makes.
+    """
+    codec = load_weights(Path(flags.out) / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
+    rivals = rival_clips(cfg, codec, flags)
+    torch.manual_seed(cfg.seed)
+
+    def loss_of(net, step):
+        own = keys(cfg, stage, step)
+        rngs = [rng_for(*key, "damage") for key in own]
+        batch = source.batch(own, torch.arange(2 * cfg.pixel_frames))
+        with torch.no_grad():
+            long01 = codec.decode(codec.encode(batch.video01.to(cfg.device))).float().cpu()
+        good, bad, captions = pairs(long01, batch.words, rngs)
+        text = torch.stack([tokenize(c, cfg.text_length, cfg.text_width) for c in captions]).to(cfg.device)
+        pick = torch.randint(len(rivals[0]), (stage.batch // 2,), generator=rngs[0])
+        video01 = torch.cat([good, *bad, rivals[0][pick]]).to(cfg.device)
+        return bradley_terry(net, video01, text, rivals[1][pick].to(cfg.device))
+
+    net = learn(stage, RewardModel(cfg).to(cfg.device), loss_of, cfg, flags)
+    report_reward(net, cfg, codec, flags)
+    return net
+
+
+def pairs(
+    long01: Tensor, words: list[list[str]], rngs: list
+) -> tuple[Tensor, list[Tensor], list[list[list[str]]]]:
+    """(b 2F 3 H W) → good clips (b F 3 H W), [worse looks, worse motion], captions [right, wrong, wrong,
+    wrong]."""
+    frames = long01.shape[1] // 2
+    good = long01[:, :frames]
+    looks = torch.stack([worse_looks(x, g) for x, g in zip(good, rngs, strict=True)])
+    motion = torch.stack([worse_motion(x, g) for x, g in zip(long01, rngs, strict=True)])
+    wrong = [[wrong_words(w, g) for w, g in zip(words, rngs, strict=True)] for _ in range(3)]
+    return good, [looks, motion], [words, *wrong]
+
+
+def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: Tensor) -> Tensor:
+    """video01: good, worse looks, worse motion (b each), rivals (b/2). text (4 b l e): right, then wrong. →
+    scalar."""
+    b = text.shape[1]
+    features = net.features(video01)
+    good, looks, motion = (net.judge(features[i * b : (i + 1) * b], text[0]) for i in range(3))
+    rival = net.judge(features[3 * b :], rival_text)
+    real = good[torch.randperm(b)[: len(rival)]]
+    wrong = [net.judge(features[:b], t)[:, 2] for t in text[1:]]
+    loss = -F.logsigmoid(good[:, 0] - looks[:, 0]).mean() - F.logsigmoid(good[:, 1] - motion[:, 1]).mean()
+    loss = loss - F.logsigmoid(good[:, 2] - torch.stack(wrong)).mean()
+    loss = loss - 0.3 * F.logsigmoid(real - rival).mean()
+    level = (good - looks)[:, 1:].square().mean() + (good - motion)[:, 0].square().mean()
+    return loss + 0.05 * level + 0.002 * good.square().mean()
+
+
+@torch.no_grad()
+def rival_clips(cfg: Config, codec: Codec, flags: Flags, count: int = 256) -> tuple[Tensor, Tensor]:
+    """Clips of the teacher, the causal start and --rivals, `count` each → video01 (n F 3 H W), text (n l
+    e)."""
+    nets = [(Path(flags.out) / f"{kind}.safetensors", kind) for kind in ("teacher", "causal")]
+    nets += [(Path(path), "student") for path in flags.rivals.split(",") if path]
+    videos, texts = [], []
+    for path, kind in nets:
+        net = load_weights(path, VideoDiT(cfg), cfg, kind).to(cfg.device)
+        words = World(cfg).captions([(cfg.seed, "rival", kind, i) for i in range(count)])
+        text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
+        for i in tqdm(range(0, count, 32), desc=f"clips of {path.name}"):
+            rngs = [rng_for(cfg.seed, "rival", i + j) for j in range(32)]
+            sampler = sample_teacher if kind == "teacher" else rollout
+            videos.append(codec.decode(sampler(net, text[i : i + 32], cfg, rngs)).float().cpu())
+        texts.append(text)
+    return torch.cat(videos), torch.cat(texts)
+
+
+@torch.no_grad()
+def report_reward(
+    net: RewardModel, cfg: Config, codec: Codec, flags: Flags, count: int = 256
+) -> dict[str, float]:
+    """Put scores on a scale with mean 0 and unit spread over good and damaged clips; print held-out pair
+    accuracy."""
+    rngs = [rng_for("report", i) for i in range(count)]
+    batch = World(cfg, "select").batch(
+        [("report", i) for i in range(count)], torch.arange(2 * cfg.pixel_frames)
+    )
+    long01 = torch.cat(
+        [codec.decode(codec.encode(v.to(cfg.device))).float().cpu() for v in batch.video01.split(32)]
+    )
+    good, (looks, motion), captions = pairs(long01, batch.words, rngs)
+    text = [tokenize(c, cfg.text_length, cfg.text_width).to(cfg.device) for c in captions]
+    net.mean.zero_(), net.std.fill_(1)
+    held = [(good, text[0]), (looks, text[0]), (motion, text[0]), (good, text[1])]
+    scores = torch.cat([net(v.to(cfg.device), t) for v, t in held])
+    net.mean.copy_(scores.mean(0)), net.std.copy_(scores.std(0))
+    best, *damaged = scores.split(count)
+    wins = {
+        a: float((best[:, i] > bad[:, i]).float().mean())
+        for i, (a, bad) in enumerate(zip(AXES, damaged, strict=True))
+    }
+    print("held-out pair accuracy " + " ".join(f"{a} {v:.3f}" for a, v in wins.items()) + f" (n={count})")
+    return wins
+
+
+TRAINERS = {"codec": train_codec, "teacher": train_teacher, "causal": train_causal, "reward": train_reward}
 
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
-    cfg = replace(cfg, device=cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    cfg = replace(
+        cfg, device=cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
     out = writable_folder(flags.out)
-    source = World(cfg, drop_words=0.1)
+    source = source_of(cfg, drop_words=0.1)
     for name in STAGES if flags.stage == "all" else (flags.stage,):
         own = {k: getattr(flags, k) for k in ("steps", "batch", "lr") if getattr(flags, k)}
         stage = replace(STAGES[name], **own)

@@ -1,0 +1,161 @@
+"""The autoregressive rollout that training and sampling share: one chunk after another, each denoised in a
+few steps.
+
+Self Forcing (Huang et al., 2025): the student learns on what it generates itself, with its own cache. Between
+steps the prediction is noised afresh (consistency-style), x ← (1 - t') x̂ + t' ε; when training, a rollout
+stops at one random "exit" step and only that forward pass carries gradient. Everything the family varies is
+an argument: the number of steps per chunk, and what later chunks get to see of this one.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from config import Config
+from data import randn, rng_for
+from dmd import guided_x0
+from model import KV, ListCache, RingCache, VideoDiT, add_noise, shift_time, to_x0
+
+# before the shift; Diagonal Distillation: early chunks get more steps, all chunks the same last level
+_TAPER = {5: (1.0, 0.75, 0.5, 0.25, 0.1), 4: (1.0, 0.75, 0.5, 0.1), 3: (1.0, 0.75, 0.1), 2: (1.0, 0.1)}
+
+
+def step_grid(cfg: Config, chunk: int) -> tuple[float, ...]:
+    """Noise levels at which chunk number `chunk` is denoised, falling from 1, warped by cfg.shift.
+
+    uniform: the same for every chunk. 5432 and 432: that many steps for the first chunks, 2 for the rest.
+    first: the full grid on the first chunk, its first and its middle level on the others (first-frame
+    enhancement).
+    """
+    grid = cfg.denoise
+    if cfg.taper in ("5432", "432"):
+        grid = _TAPER[max(int(cfg.taper[0]) - chunk, 2)]
+    elif cfg.taper == "first" and chunk > 0:
+        grid = (grid[0], grid[len(grid) // 2])
+    return tuple(shift_time(u, cfg.shift) for u in grid)
+
+
+def exit_step(cfg: Config, *key: int | str) -> int:
+    """Where a training rollout stops: one draw for all chunks and, since it depends on the key alone, all
+    processes."""
+    longest = max(len(step_grid(cfg, k)) for k in range(cfg.chunks))
+    return int(torch.randint(longest, (), generator=rng_for(cfg.seed, "exit", *key)))
+
+
+def rollout_chunks(cfg: Config, *key: int | str) -> int:
+    """Length of a training rollout in chunks: from the teacher's clip to `horizon` times that."""
+    return int(
+        torch.randint(
+            cfg.chunks, cfg.chunks * cfg.horizon + 1, (), generator=rng_for(cfg.seed, "length", *key)
+        )
+    )
+
+
+def denoise_chunk(student, x, text, cache, grid, rngs, exit=None, grad=False) -> tuple[Tensor, KV]:
+    """Noise (b f c h w) → the clean chunk (b f c h w) predicted at step `exit` (None: the last), and its KV
+    there."""
+    last = len(grid) - 1 if exit is None else min(exit, len(grid) - 1)
+    for i, level in enumerate(grid[: last + 1]):
+        t = torch.full(x.shape[:2], level, device=x.device)
+        with torch.set_grad_enabled(grad and i == last):
+            v, kv = student(x, t, text, cache)
+            x0 = to_x0(v, x, t)
+        if i < last:
+            x = add_noise(x0, randn(rngs, *x.shape[1:], device=x.device), torch.full_like(t, grid[i + 1]))
+    return x0, kv
+
+
+@torch.no_grad()
+def context_kv(student, x0, text, cache, rngs, level: float) -> KV:
+    """Keys and values of a finished chunk, noised to `level` (0 = clean): the refresh pass."""
+    t = torch.full(x0.shape[:2], level, device=x0.device)
+    x = add_noise(x0, randn(rngs, *x0.shape[1:], device=x0.device), t) if level else x0
+    return student(x, t, text, cache)[1]
+
+
+def _what_is_remembered(student, x0, kv, text, cache, rngs, cfg, grid, exit) -> KV:
+    """Clean, noisy, or the last step's own keys for nothing ("none"; after an early exit: noised to that
+    level)."""
+    finished = exit is None or exit >= len(grid) - 1
+    if cfg.context == "none" and finished:
+        return kv
+    level = {"clean": 0.0, "noisy": cfg.context_t, "none": grid[-1]}[cfg.context]
+    fresh = context_kv(student, x0.detach(), text, cache, rngs, level)
+    if not cfg.kv_grad:
+        return fresh
+    pairs = zip(fresh, kv, strict=True)  # as released: the refresh's values, the exit step's gradient
+    return [(k + (k2 - k2.detach()), v + (v2 - v2.detach())) for (k, v), (k2, v2) in pairs]
+
+
+def stream(
+    student: VideoDiT,
+    text: Tensor | dict[int, Tensor],
+    cfg: Config,
+    rngs: list[torch.Generator],
+    chunks: int | None = None,
+    exit: int | None = None,
+    grad_from: int | None = None,
+    cache: ListCache | RingCache | None = None,
+    past: tuple[Tensor, ...] = (),
+) -> Iterator[Tensor]:
+    """Yield one clean chunk (b chunk c h w) after another; for ever when `chunks` is None.
+
+    text: (b l e), or {chunk index: (b l e)} for prompts that change on the way; the cache is then rebuilt
+    with the new prompt (LongLive's recache). rngs: one generator per sample. exit, grad_from: training only,
+    see `rollout`. past: given clean chunks to go on from. Memory does not grow: only the window is kept.
+    """
+    texts = text if isinstance(text, dict) else {0: text}
+    text = texts[0]
+    cache = ListCache(student, cfg) if cache is None else cache
+    recent = deque(past, maxlen=cfg.cached_chunks)
+    _rebuild(student, recent, text, cache, rngs, cfg)
+    for index in count() if chunks is None else range(chunks):
+        if index and index in texts:
+            text = texts[index]
+            _rebuild(student, recent, text, cache, rngs, cfg)
+        grid = step_grid(cfg, index)
+        grad = grad_from is not None and index >= grad_from
+        noise = randn(rngs, cfg.chunk, *cfg.latent_shape, device=text.device)
+        x0, kv = denoise_chunk(student, noise, text, cache, grid, rngs, exit, grad)
+        yield x0
+        if index + 1 != chunks:  # nobody looks back at the last chunk
+            cache.commit(_what_is_remembered(student, x0, kv, text, cache, rngs, cfg, grid, exit))
+            recent.append(x0.detach())
+
+
+def _rebuild(student, recent, text, cache, rngs, cfg: Config) -> None:
+    cache.reset()
+    level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 0)[-1]}[cfg.context]
+    for x0 in recent:
+        cache.commit(context_kv(student, x0, text, cache, rngs, level))
+
+
+def rollout(
+    student, text, cfg: Config, rngs, chunks: int | None = None, exit: int | None = None, grad=False
+) -> Tensor:
+    """The last cfg.frames latent frames (b f c h w) of a rollout of `chunks` chunks (None: just those
+    frames).
+
+    With `grad`, the exit forward of every chunk that is returned carries gradient; keys and values do not
+    (unless cfg.kv_grad), so each chunk's loss reaches the student through that chunk's own forward pass
+    alone.
+    """
+    chunks = chunks or cfg.chunks
+    first = chunks - cfg.chunks
+    parts = stream(student, text, cfg, rngs, chunks, exit, first if grad else None)
+    return torch.cat([x for i, x in enumerate(parts) if i >= first], dim=1)
+
+
+@torch.no_grad()
+def sample_teacher(net: VideoDiT, text: Tensor, cfg: Config, rngs: list, steps: int = 25) -> Tensor:
+    """The teacher's way, for comparison: Euler steps along the guided velocity, the whole clip at once."""
+    x = randn(rngs, cfg.frames, *cfg.latent_shape, device=text.device)
+    grid = shift_time(torch.linspace(1, 0, steps + 1), cfg.shift).tolist()
+    for now, then in zip(grid, grid[1:], strict=False):
+        t = torch.full(x.shape[:2], now, device=x.device)
+        x0 = guided_x0(net, x, t, text, torch.zeros_like(text[:1]), cfg.guidance)
+        x = x + (then - now) * (x - x0) / now
+    return x

@@ -1,0 +1,186 @@
+"""Stream a video from a prompt, chunk by chunk; frames leave as soon as their chunk is clean.
+
+    python sample.py --prompt "a red circle moving left slowly on a black background"
+    python sample.py --prompt "a red ring moving up" --prompt "a blue ring moving down@48" --frames=96
+    python sample.py --prompt "a green square moving right quickly" --init=clip.mp4 --out=out/more.gif
+
+--frames may be any number: mp4 is written as it is made and memory does not grow (gif and webp hold their
+frames). A prompt "...@48" takes over at frame 48: the cache is rebuilt with it, so the picture goes on and
+the meaning changes.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import load_weights, read_header, writable_folder, write_atomically
+from codec import Codec
+from config import PRESETS, BadInput, Config, from_words, read_cli, run
+from data import read_clip, rng_for, tokenize, understand
+from model import VideoDiT
+from plot import contact_sheet, to_uint8
+from rollout import stream
+
+FORMATS = (".mp4", ".gif", ".webp")
+
+
+@dataclass(frozen=True)
+class Flags:
+    prompt: list[str] = field(
+        default_factory=lambda: ["a red circle moving left slowly on a black background"]
+    )
+    frames: int = 64
+    seed: int = 0
+    steps: int = 0  # denoising steps per chunk; 0: as trained
+    out: str = "out/sample.mp4"
+    student: str = ""  # default assets/<preset>/stream_r1.safetensors
+    codec: str = ""  # default: beside the student
+    init: str = ""  # a clip or a picture to go on from
+
+
+def main() -> None:
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    if preset not in PRESETS:
+        raise BadInput(f"unknown preset {preset!r}; allowed: {' | '.join(PRESETS)}")
+    out = check_output(flags)
+    student_path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
+    header = read_header(student_path)
+    cfg = student_config(header, preset, typed, flags.steps)
+    texts = schedule(flags.prompt, cfg, header.get("vocabulary", "").split())
+    student = load_weights(student_path, VideoDiT(cfg), cfg, header["kind"]).to(cfg.device)
+    codec_path = Path(flags.codec or student_path.with_name("codec.safetensors"))
+    codec = load_weights(codec_path, Codec(cfg), cfg, "codec").to(cfg.device)
+    given = start_from(flags.init, codec, cfg)
+
+    seconds: list[float] = []
+    first: list[Tensor] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        """Decoded frames as they come, the given ones first."""
+        left = flags.frames
+        for video01 in decoded(student, codec, texts, cfg, flags, given, seconds):
+            if not first or len(first[0]) < 16:
+                first[:] = [torch.cat([*first, video01])]
+            for frame in to_uint8(video01[:left]).numpy():
+                yield np.kron(frame, np.ones((zoom(cfg), zoom(cfg), 1), np.uint8))  # nearest neighbour
+            left -= len(video01)
+
+    write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
+    contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=2 * zoom(cfg) // 4 or 1)
+    report(seconds, cfg, out)
+
+
+def decoded(
+    student, codec, texts, cfg: Config, flags: Flags, given: Tensor | None, seconds: list
+) -> Iterator[Tensor]:
+    """video01 (F 3 H W) chunk after chunk; notes the seconds each one took."""
+    past = () if given is None else given.split(cfg.chunk, dim=1)
+    if given is not None:
+        yield codec.decode(given)[0].float()
+    chunks = -(-(flags.frames - (0 if given is None else given.shape[1])) // cfg.chunk)
+    rngs = [rng_for(flags.seed, "sample", 0)]
+    with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        start = time.perf_counter()
+        for x in tqdm(stream(student, texts, cfg, rngs, chunks, past=past), total=chunks, unit="chunk"):
+            video01 = codec.decode(x)[0].float().cpu()
+            seconds.append(time.perf_counter() - start)
+            yield video01
+            start = time.perf_counter()
+
+
+def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config:
+    """The config the student was trained with, then what was typed. Raises BadInput."""
+    made = from_words(header["config"])
+    if made.preset != preset:
+        raise BadInput(f"the student is of preset {made.preset!r}, asked for was {preset!r}")
+    if steps:
+        if steps < 0:
+            raise BadInput(f"steps={steps} is not possible; allowed: 1 or more")
+        typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
+    cfg = replace(made, **({"device": "auto", "bf16": False} | typed))
+    return (
+        replace(cfg, device="cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg
+    )
+
+
+def check_output(flags: Flags) -> Path:
+    """Fail before the work, not after it. Raises BadInput."""
+    out = Path(flags.out)
+    if out.suffix not in FORMATS:
+        raise BadInput(f"--out={flags.out} is not possible; allowed endings: {' '.join(FORMATS)}")
+    if out.is_dir():
+        raise BadInput(f"--out={flags.out} is a folder; name a file")
+    if flags.frames < 1:
+        raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
+    writable_folder(str(out.parent))
+    return out
+
+
+def schedule(prompts: list[str], cfg: Config, vocabulary: list[str]) -> dict[int, Tensor]:
+    """["A", "B@48"] → {chunk index: text (1 l e)}. Raises BadInput."""
+    texts = {}
+    for i, prompt in enumerate(prompts):
+        prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", "0")
+        if not frame.strip().isdigit() or int(frame) % (cfg.chunk * cfg.time_stride) or bool(at) != bool(i):
+            allowed = (
+                f"the first has no @, the others end in @FRAME, a multiple of {cfg.chunk * cfg.time_stride}"
+            )
+            raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed}")
+        words = understand(prompt, cfg, vocabulary)
+        index = int(frame) // (cfg.chunk * cfg.time_stride)
+        texts[index] = tokenize([words], cfg.text_length, cfg.text_width).to(cfg.device)
+    return texts
+
+
+@torch.no_grad()
+def start_from(path: str, codec: Codec, cfg: Config) -> Tensor | None:
+    """A clip's last frames, or a picture held for a chunk → latents (1 f c h w), f a multiple of the
+    chunk."""
+    if not path:
+        return None
+    video = read_clip(Path(path), cfg)
+    if len(video) < cfg.chunk:
+        video = torch.cat([video, video[-1:].expand(cfg.chunk - len(video), -1, -1, -1)])
+    count = min(len(video) // cfg.chunk, cfg.cached_chunks) * cfg.chunk
+    return codec.encode(video[None, -count:].to(cfg.device).float() / 255)
+
+
+def zoom(cfg: Config) -> int:
+    """Small videos are enlarged so that a person can see them."""
+    return max(1, 256 // min(cfg.height, cfg.width))
+
+
+def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
+    """H.264 in yuv420p as browsers play it, or gif, or webp, by the name's ending."""
+    if path.suffix == ".mp4":
+        with imageio.get_writer(path, fps=fps, macro_block_size=2, quality=8) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+    else:
+        head, *rest = [Image.fromarray(frame) for frame in frames]
+        lossless = {"lossless": True} if path.suffix == ".webp" else {}
+        head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **lossless)
+
+
+def report(seconds: list[float], cfg: Config, out: Path) -> None:
+    if not seconds:
+        print(f"{out}: only the given frames were asked for")
+        return
+    steady = torch.tensor(seconds[1:] or seconds).double() * 1000
+    p50, p99 = steady.quantile(0.5), steady.quantile(0.99)
+    frames = cfg.chunk * cfg.time_stride
+    print(f"first frame after {seconds[0] * 1000:.0f} ms; {frames * 1000 / p50:.0f} frames/s ({cfg.device})")
+    print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+    print(f"{out} and {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,341 @@
+"""The autoregressive rollout: how many passes it costs, what a chunk sees, and where its gradient goes."""
+
+import gc
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+import rollout as module
+from data import rng_for
+from model import ListCache, RingCache, shift_time, to_x0
+from rollout import exit_step, rollout, rollout_chunks, step_grid, stream
+
+
+class Spy:
+    """Stands in for a student and writes down what it was shown: x_t, t, what the cache held, whether grad was on."""
+
+    def __init__(self, model):
+        self.model, self.rope, self.seen = model, model.rope, []
+
+    def __call__(self, xt, t, text, cache):
+        self.seen.append((xt.detach(), t, list(cache.chunks), torch.is_grad_enabled()))
+        return self.model(xt, t, text, cache)
+
+    def levels(self) -> list[float]:
+        return [round(float(t[0, 0]), 6) for _, t, _, _ in self.seen]
+
+
+def rngs(n: int, first: int = 0) -> list[torch.Generator]:
+    return [rng_for("test", i) for i in range(first, first + n)]
+
+
+def words(cfg, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, cfg.text_length, cfg.text_width, generator=torch.Generator().manual_seed(seed))
+
+
+def remembering(model, cfg, chunks) -> ListCache:
+    """A cache that holds these keys and values, in this order."""
+    cache = ListCache(model, cfg)
+    for kv in chunks:
+        cache.commit(kv)
+    return cache
+
+
+def assert_same_kv(a, b):
+    for layer_a, layer_b in zip(a, b, strict=True):
+        for x, y in zip(layer_a, layer_b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def long_memory(tiny):
+    """Seven chunks and more fit the window: nothing is ever evicted."""
+    return replace(tiny, frames=24, window=0, sink=0, sink_mode="none")
+
+
+# -- step grids and cost -------------------------------------------------------------------------------------------
+
+
+def test_grid_is_warped_towards_noise(tiny):
+    """Catches a shift that is left out or applied twice."""
+    cfg = replace(tiny, shift=5.0, denoise=(1.0, 0.75, 0.5, 0.25))
+    assert step_grid(cfg, 3) == pytest.approx((1, 0.9375, 0.83333, 0.625), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "taper, lengths", [("uniform", "444444"), ("5432", "543222"), ("432", "432222"), ("first", "422222")]
+)
+def test_grids_of_a_taper(tiny, taper, lengths):
+    """Catches a taper that starts late or goes on falling, and chunks that end on different noise levels."""
+    cfg = replace(tiny, taper=taper)
+    grids = [step_grid(cfg, k) for k in range(6)]
+    assert "".join(str(len(g)) for g in grids) == lengths
+    assert all(g[0] == 1 and list(g) == sorted(set(g), reverse=True) for g in grids)
+    if taper != "first":
+        assert len({g[-1] for g in grids}) == 1
+
+
+@pytest.mark.parametrize(
+    "taper, context, passes",
+    [("uniform", "clean", 35), ("uniform", "noisy", 35), ("uniform", "none", 28), ("5432", "none", 20),
+     ("432", "none", 17)],
+)  # fmt: skip
+def test_passes_for_seven_chunks(tiny, model, taper, context, passes):
+    """Catches a refresh that is paid for and not needed. Counted as a stream pays: up to the moment at which the
+    seventh chunk is remembered, since a rollout of exactly seven never refreshes its last one."""
+    cfg = replace(tiny, taper=taper, context=context, context_t=0.1)
+    spy = Spy(model)
+    cache = ListCache(spy, cfg)
+    commit, at_commit = cache.commit, []
+    cache.commit = lambda kv: (at_commit.append(len(spy.seen)), commit(kv))
+    with torch.no_grad():
+        list(islice(stream(spy, words(cfg, 1), cfg, rngs(1), cache=cache), 8))
+    assert at_commit[6] == passes
+
+
+def test_last_chunk_is_not_refreshed(tiny, model):
+    """Catches a pass whose result nobody reads."""
+    spy = Spy(model)
+    list(stream(spy, words(tiny, 1), tiny, rngs(1), chunks=3))
+    assert len(spy.seen) == 3 * 4 + 2
+
+
+# -- randomness ----------------------------------------------------------------------------------------------------
+
+
+def test_a_chunk_depends_on_its_past_alone(tiny, model, monkeypatch):
+    """Catches a cache that is never read, and a chunk that sees the future."""
+    cfg = replace(tiny, denoise=(1.0,))
+    noise = torch.randn(4, 1, cfg.chunk, *cfg.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def chunks(first: int, second: int) -> list[torch.Tensor]:
+        draws = iter((noise[first], noise[second], noise[3]))
+        monkeypatch.setattr(module, "randn", lambda rngs, *shape, device=None: next(draws))
+        with torch.no_grad():
+            return list(stream(model, words(cfg, 1), cfg, rngs(1), chunks=3))
+
+    base, other_first, other_second = chunks(0, 1), chunks(2, 1), chunks(0, 2)
+    assert (base[1] - other_first[1]).abs().max() > 1e-3
+    assert torch.equal(base[0], other_second[0])
+    assert (base[2] - other_second[2]).abs().max() > 1e-3
+
+
+def test_same_generators_same_rollout(tiny, model):
+    """Catches a draw from the global generator, which would break --seed and resume."""
+    with torch.no_grad():
+        torch.manual_seed(0)
+        a = rollout(model, words(tiny, 2), tiny, rngs(2), chunks=6)
+        torch.manual_seed(1)
+        b = rollout(model, words(tiny, 2), tiny, rngs(2), chunks=6)
+        c = rollout(model, words(tiny, 2), tiny, rngs(2, first=5), chunks=6)
+    assert torch.equal(a, b)
+    assert (a - c).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("context", ["clean", "noisy", "none"])
+def test_a_sample_does_not_know_its_batch(tiny, model, context):
+    """Catches noise that is drawn for the whole batch at once, and any mixing of samples."""
+    cfg = replace(tiny, context=context, context_t=0.2)
+    text = words(cfg, 3)
+    with torch.no_grad():
+        together = rollout(model, text, cfg, rngs(3))
+        alone = [rollout(model, text[i : i + 1], cfg, rngs(1, first=i)) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_rollout_returns_the_last_frames(tiny, model):
+    """Catches a long rollout that hands DMD its beginning."""
+    with torch.no_grad():
+        parts = list(stream(model, words(tiny, 1), tiny, rngs(1), chunks=7))
+        tail = rollout(model, words(tiny, 1), tiny, rngs(1), chunks=7)
+    assert torch.equal(tail, torch.cat(parts[-tiny.chunks :], dim=1))
+
+
+# -- exit steps and gradient ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taper, steps", [("uniform", 4), ("5432", 5), ("432", 4)])
+def test_exit_steps(tiny, taper, steps):
+    """Catches an exit that some step of the grid can never get, one that does not change from update to update, and
+    one that is drawn from a state that processes do not share."""
+    cfg = replace(tiny, taper=taper)
+    drawn = [exit_step(cfg, "student", i) for i in range(100)]
+    assert set(drawn) == set(range(steps))
+    torch.manual_seed(1)
+    assert drawn == [exit_step(cfg, "student", i) for i in range(100)]
+    assert drawn != [exit_step(replace(cfg, seed=1), "student", i) for i in range(100)]
+
+
+def test_rollout_lengths(tiny):
+    """Catches a horizon that is never reached or overshot."""
+    cfg = replace(tiny, horizon=3)
+    assert {rollout_chunks(cfg, i) for i in range(200)} == set(range(cfg.chunks, 3 * cfg.chunks + 1))
+
+
+@pytest.mark.parametrize("exit", range(4))
+def test_every_chunk_stops_at_the_exit(tiny, model, exit):
+    """Catches chunks that go on past the exit, and a chunk that is not what the exit pass predicted."""
+    spy = Spy(model)
+    with torch.no_grad():
+        chunks = list(stream(spy, words(tiny, 2), tiny, rngs(2), chunks=3, exit=exit))
+    grid = [round(u, 6) for u in step_grid(tiny, 0)]
+    assert spy.levels() == [*grid[: exit + 1], 0, *grid[: exit + 1], 0, *grid[: exit + 1]]
+    assert all((t == t[0, 0]).all() for _, t, _, _ in spy.seen)
+    xt, t, *_ = spy.seen[exit]
+    with torch.no_grad():
+        v, _ = model(xt, t, words(tiny, 2))
+    torch.testing.assert_close(chunks[0], to_x0(v, xt, t))
+
+
+def test_early_exit_of_a_short_grid_is_its_last_step(tiny, model):
+    """Catches an exit beyond a tapered chunk's grid."""
+    cfg = replace(tiny, taper="5432", context="none")
+    spy = Spy(model)
+    with torch.no_grad():
+        list(stream(spy, words(cfg, 1), cfg, rngs(1), chunks=4, exit=4))
+    assert len(spy.seen) == 5 + 4 + 3 + 2
+
+
+@pytest.mark.parametrize("exit", [0, 2, None])
+def test_gradient_through_the_exit_pass_only(tiny, model, exit):
+    """Catches gradient through the steps before the exit, through the refresh, or for chunks that DMD never sees."""
+    spy = Spy(model)
+    x = rollout(spy, words(tiny, 1), tiny, rngs(1), chunks=tiny.chunks + 2, exit=exit, grad=True)
+    passes = (exit if exit is not None else 3) + 1
+    expected = ([False] * passes + [False]) * 2 + ([False] * (passes - 1) + [True, False]) * tiny.chunks
+    assert [grad for *_, grad in spy.seen] == expected[:-1]
+    assert x.requires_grad
+
+
+@pytest.mark.parametrize("context, exit", [("clean", 1), ("none", 1), ("none", None)])
+def test_no_gradient_leaks_through_the_cache(tiny, model, context, exit):
+    """Catches keys and values that carry gradient from chunk to chunk, as the released code has it; `kv_grad` brings
+    the leak back."""
+
+    def gradient(cfg, spy):
+        x = rollout(spy, words(cfg, 1), cfg, rngs(1), exit=exit, grad=True)
+        return torch.autograd.grad(x[:, -cfg.chunk :].sum(), list(model.blocks.parameters()))
+
+    cfg, spy = replace(tiny, context=context), Spy(model)
+    clean = gradient(cfg, spy)
+    xt, t, seen, _ = spy.seen[-1]
+    v, _ = model(xt, t, words(cfg, 1), remembering(model, cfg, seen))
+    own = torch.autograd.grad(to_x0(v, xt, t).sum(), list(model.blocks.parameters()))
+    leaked = gradient(replace(cfg, kv_grad=True), Spy(model))
+    for a, b in zip(clean, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert max(float((a - b).abs().max()) for a, b in zip(clean, leaked, strict=True)) > 1e-2
+
+
+# -- what is remembered --------------------------------------------------------------------------------------------
+
+
+def test_matched_context(long_memory, model):
+    """Catches a `none` context that remembers something else than what the last step saw: training and sampling
+    would then disagree."""
+    cfg, spy = replace(long_memory, context="none"), Spy(model)
+    cache, text = ListCache(spy, cfg), words(long_memory, 1)
+    with torch.no_grad():
+        list(islice(stream(spy, text, cfg, rngs(1), cache=cache), 3))
+        for chunk in range(2):
+            xt, t, seen, _ = spy.seen[4 * chunk + 3]
+            assert float(t[0, 0]) == pytest.approx(step_grid(cfg, chunk)[-1])
+            _, kv = model(xt, t, text, remembering(model, cfg, seen))
+            assert len(seen) == chunk
+            assert_same_kv(cache.chunks[chunk], kv)
+
+
+@pytest.mark.parametrize("exit", [None, 1])
+def test_clean_context(long_memory, model, exit):
+    """Catches a refresh at the wrong noise level, and one that does not see the chunks before."""
+    cfg, text = long_memory, words(long_memory, 1)
+    cache = ListCache(model, cfg)
+    with torch.no_grad():
+        chunks = list(islice(stream(model, text, cfg, rngs(1), exit=exit, cache=cache), 3))
+        fresh = ListCache(model, cfg)
+        for x in chunks[:2]:
+            fresh.commit(model(x, torch.zeros(x.shape[:2]), text, fresh)[1])
+    for ours, theirs in zip(cache.chunks, fresh.chunks, strict=True):
+        assert_same_kv(ours, theirs)
+
+
+@pytest.mark.parametrize("context, exit, level", [("noisy", None, 0.2), ("noisy", 1, 0.2), ("none", 1, None)])
+def test_noise_level_of_the_refresh(tiny, model, context, exit, level):
+    """Catches an early exit whose context is cleaner or noisier than the one sampling will have."""
+    cfg, spy = replace(tiny, context=context, context_t=0.2), Spy(model)
+    with torch.no_grad():
+        chunks = list(stream(spy, words(cfg, 1), cfg, rngs(1), chunks=2, exit=exit))
+    refresh = spy.seen[4 if exit is None else exit + 1]
+    level = step_grid(cfg, 0)[-1] if level is None else level
+    assert float(refresh[1][0, 0]) == pytest.approx(level)
+    noise = (refresh[0] - (1 - level) * chunks[0]) / level
+    assert 0.7 < float(noise.std()) < 1.3
+
+
+def test_list_and_ring_stream_alike(tiny, model):
+    """Catches a rollout that leans on how one of the caches is built."""
+    with torch.no_grad():
+        slow = list(stream(model, words(tiny, 2), tiny, rngs(2), chunks=7))
+        ring = RingCache(model, tiny, batch=2)
+        fast = list(stream(model, words(tiny, 2), tiny, rngs(2), chunks=7, cache=ring))
+    torch.testing.assert_close(torch.cat(slow, 1), torch.cat(fast, 1), rtol=1e-3, atol=1e-4)
+
+
+# -- prompts that change, videos that go on ------------------------------------------------------------------------
+
+
+def test_prompt_switch(tiny, model):
+    """Catches a switch that comes a chunk early or late, and a cache that still holds the old prompt's keys."""
+    cfg = replace(tiny, window=4)
+    old, new = words(cfg, 1, 0), words(cfg, 1, 1)
+    cache = ListCache(model, cfg)
+    with torch.no_grad():
+        plain = list(stream(model, old, cfg, rngs(1), chunks=6))
+        video = stream(model, {0: old, 4: new}, cfg, rngs(1), chunks=6, cache=cache)
+        switched = list(islice(video, 5))  # chunk 4 is drawn and not yet remembered
+        fresh = ListCache(model, cfg)
+        for x in switched[1:4]:
+            fresh.commit(model(x, torch.zeros(x.shape[:2]), new, fresh)[1])
+    assert all(torch.equal(a, b) for a, b in zip(plain[:4], switched[:4], strict=True))
+    assert (plain[4] - switched[4]).abs().max() > 1e-2
+    assert cfg.cached_chunks == len(cache.chunks) == 3
+    for ours, theirs in zip(cache.chunks, fresh.chunks, strict=True):
+        assert_same_kv(ours, theirs)
+
+
+def test_past_is_continued(long_memory, model):
+    """Catches given chunks that are ignored, forgotten or put into the wrong order."""
+    cfg, text = long_memory, words(long_memory, 1)
+    with torch.no_grad():
+        whole = list(stream(model, text, cfg, rngs(1), chunks=4))
+        generators = rngs(1)
+        list(stream(model, text, cfg, generators, chunks=2))  # moves the generators on
+        rest = list(stream(model, text, cfg, generators, chunks=2, past=tuple(whole[:2])))
+    torch.testing.assert_close(torch.cat(rest, 1), torch.cat(whole[2:], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stream_does_not_grow(tiny, model):
+    """Catches a list of past chunks that is kept for ever."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(x) is torch.Tensor for x in gc.get_objects())
+
+    cache = ListCache(model, tiny)
+    text = words(tiny, 1)
+    with torch.no_grad():
+        video = stream(model, text, tiny, rngs(1), cache=cache)
+        counts = []
+        for _ in range(3):
+            for x in islice(video, 4):
+                del x
+            counts.append(alive())
+            assert len(cache.chunks) == tiny.cached_chunks
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_shift_of_one_is_none():
+    """Catches a warp that is not the identity at 1, which the tapers rely on to be read off the page."""
+    assert [shift_time(u, 1.0) for u in (0.0, 0.3, 1.0)] == [0.0, 0.3, 1.0]

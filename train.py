@@ -1,0 +1,399 @@
+"""Stream-R1: distil a bidirectional video teacher into a few-step streaming student, on its own rollouts.
+
+    torchrun train.py                                          # tiny preset: minutes on two CPU cores
+    torchrun --nproc_per_node=8 train.py small                 # the same code on GPUs
+    python train.py tiny --method=self_forcing --steps=100     # another member of the family, no launcher
+    torchrun train.py --resume                                 # go on, bit for bit, after a stop or a crash
+
+A step is one student update followed by `critic_steps` critic updates. Every random draw is a function of
+(seed, purpose, step, sample), so a resumed run equals an uninterrupted one and two processes equal one.
+
+simplified: teacher, critic and student have one size; gradients are averaged by one all-reduce, without
+overlap; with --accumulate, rewards are compared within a micro-batch (over all processes).
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from checkpoint import (
+    load_state,
+    load_weights,
+    save_state,
+    save_weights,
+    stop_on_signal,
+    writable_folder,
+    write_atomically,
+)
+from codec import Codec
+from config import BadInput, Config, from_cli, run
+from data import ClipFolder, World, caption, randn, rng_for, source_of, tokenize
+from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
+from evaluate import ACCURACIES, measure
+from model import VideoDiT
+from plot import contact_sheet
+from reward import AXES, Balancer, RewardModel, effective_share, rollout_weight
+from rollout import exit_step, rollout, rollout_chunks
+from saliency import intra_weight, reward_saliency, to_latent_grid
+
+FREE = (
+    "steps",
+    "save_every",
+    "eval_every",
+    "eval_clips",
+    "device",
+)  # may change between a run and its continuation
+
+
+@dataclass(frozen=True)
+class Flags:
+    out: str = "out/train"
+    nets: str = ""  # folder with codec, teacher, causal and reward weights; default assets/<preset>
+    resume: bool = False
+
+
+@dataclass
+class Run:
+    """What a training run holds. Only the networks, optimizers, balancer, step and best score change."""
+
+    cfg: Config
+    out: Path
+    rank: int
+    world: int
+    codec: Codec
+    teacher: VideoDiT
+    reward: RewardModel | None
+    source: World | ClipFolder
+    student: VideoDiT
+    critic: VideoDiT
+    ema: AveragedModel
+    student_opt: torch.optim.Optimizer
+    critic_opt: torch.optim.Optimizer
+    balancer: Balancer
+    step: int = 0
+    best: float = -1.0
+    bad: int = 0
+
+    def samples(self, micro: int) -> range:
+        """This process' share of the global batch."""
+        per = self.cfg.batch // (self.world * self.cfg.accumulate)
+        first = (micro * self.world + self.rank) * per
+        return range(first, first + per)
+
+
+def main() -> None:
+    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    rank, world, device = setup(cfg)
+    run_ = prepare(replace(cfg, device=device), flags, rank, world)
+    stop = stop_on_signal()
+    cfg = run_.cfg
+    bar = tqdm(
+        range(run_.step, cfg.steps), initial=run_.step, total=cfg.steps, desc=cfg.method, disable=rank > 0
+    )
+    if run_.step == 0:
+        sheet(run_, "before")
+        for i in range(cfg.critic_warmup):
+            update_critic(run_, "warm-up", i)
+    for step in bar:
+        start = time.perf_counter()
+        stats = update_student(run_, step)
+        for i in range(cfg.critic_steps):
+            stats["critic"] = update_critic(run_, "critic", step, i)["critic"]
+        run_.step = step + 1
+        stats["seconds"] = time.perf_counter() - start
+        if run_.step % cfg.eval_every == 0 or run_.step == cfg.steps:
+            stats |= select(run_)
+        log(run_, stats, bar)
+        stopping = any_process(bool(stop), world)
+        if run_.step % cfg.save_every == 0 or run_.step == cfg.steps or stopping:
+            save(run_)
+        if stopping:
+            break
+    finish(run_, flags)
+
+
+def update_student(run: Run, step: int) -> dict[str, float]:
+    """Move the student along the weighted DMD gradient on one batch of its own rollouts."""
+    cfg, stats = run.cfg, {}
+    for micro in range(cfg.accumulate):
+        rngs, text = draw(run, "student", step, micro=micro)
+        # 1. the student dreams a video the way it will at inference
+        chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
+        with autocast(cfg):
+            x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
+        # 2. how far to trust the teacher on this rollout, and where
+        w, judged = weigh(run, x.detach(), text)
+        # 3. what would make it more like the teacher's videos
+        t = sample_t(rngs, cfg, cfg.device)
+        noise = randn(rngs, *x.shape[1:], device=cfg.device)
+        with autocast(cfg):
+            g, finite = dmd_gradient(x, text, torch.zeros_like(text[:1]), run.teacher, run.critic, t, noise,
+                                     cfg.guidance, cfg.motion)  # fmt: skip
+        w = w.expand(len(x), -1, -1, -1, -1)[finite]
+        loss = (
+            dmd_loss(x[finite], g[finite], w) * finite.float().mean()
+            if finite.any()
+            else 0 * x.nan_to_num().sum()
+        )
+        (loss / cfg.accumulate).backward()
+        stats = judged | {"dmd": g.abs().mean(), "dropped": (~finite).float().sum() * run.world, "exit": exit}
+        stats["frames"] = chunks * cfg.chunk
+    stats = mean_over_processes(stats, run)
+    stats["grad_norm"] = update(run, run.student, run.student_opt, stats["dropped"])
+    run.ema.update_parameters(run.student)
+    return stats
+
+
+def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
+    """w_inter · w_intra for rollouts x (b f c h w) → weights (b 1|f 1 1|h 1|w), and what to log."""
+    cfg = run.cfg
+    if run.reward is None:
+        return torch.ones(1, 1, 1, 1, 1, device=x.device), {}
+    axes = [AXES.index(a) for a in cfg.axes]
+    with torch.no_grad(), autocast(cfg):
+        video01 = run.codec.decode(x).float()
+    if cfg.space or cfg.time:
+        scores, saliency = reward_saliency(run.reward, video01, text)
+        saliency = to_latent_grid(saliency[:, axes], *cfg.latent_shape[1:], cfg.time_stride)
+        intra = intra_weight(saliency, scores[:, axes], cfg)
+    else:
+        with torch.no_grad():
+            scores, intra = run.reward(video01, text), torch.ones(1, 1, 1, 1, 1, device=x.device)
+    everyone = gather(scores, run)
+    inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)
+    mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
+    stats = {name: everyone[:, i].mean() for i, name in enumerate(AXES)}
+    stats |= {"w_inter": inter.mean(), "ess": effective_share(inter), "w_intra_max": intra.max()}
+    return rearrange(mine, "b -> b 1 1 1 1") * intra, stats
+
+
+def update_critic(run: Run, *key: int | str) -> dict[str, float]:
+    """Let the critic catch up: flow matching on fresh rollouts of the student as it now is."""
+    cfg, total = run.cfg, 0.0
+    for micro in range(cfg.accumulate):
+        rngs, text = draw(run, *key, micro=micro)
+        with autocast(cfg):
+            with torch.no_grad():
+                x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
+            noise = randn(rngs, *x.shape[1:], device=cfg.device)
+            losses = critic_loss(run.critic, x, text, sample_t(rngs, cfg, cfg.device), noise)
+        finite = losses.isfinite()
+        loss = losses[finite].sum() / len(losses)
+        (loss / cfg.accumulate).backward()
+        total += loss.detach() / cfg.accumulate
+    dropped = mean_over_processes({"critic": total, "dropped": (~finite).float().sum() * run.world}, run)
+    update(run, run.critic, run.critic_opt, dropped["dropped"])
+    return dropped
+
+
+def update(run: Run, net: nn.Module, opt: torch.optim.Optimizer, dropped: float) -> float:
+    """Average gradients over processes, clip, step → gradient norm. A non-finite gradient is not stepped
+    along."""
+    params = [p for p in net.parameters() if p.grad is not None]
+    if run.world > 1:
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, g in zip(params, (flat / run.world).split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(g.view_as(p))
+    norm = nn.utils.clip_grad_norm_(params, run.cfg.clip)
+    if norm.isfinite():
+        opt.step()
+    opt.zero_grad()
+    run.bad = run.bad + 1 if dropped or not norm.isfinite() else 0
+    if run.bad >= run.cfg.max_bad:
+        where = f"{run.out}; its last checkpoint is intact"
+        sys.exit(f"{run.bad} updates in a row had non-finite samples: stopped at step {run.step} of {where}")
+    return float(norm)
+
+
+def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], Tensor]:
+    """This process' generators and captions (b l e) for one micro-batch; a group of rollouts shares its
+    caption."""
+    cfg, ids = run.cfg, run.samples(micro)
+    words = run.source.captions([(cfg.seed, *key, i // cfg.group) for i in ids])
+    text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
+    return [rng_for(cfg.seed, *key, i) for i in ids], text
+
+
+# -- looking at it ----------------------------------------
+
+
+def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, list[str]]:
+    """Rollouts for prompts of the `select` split, always the same prompts and noise → video01, prompts."""
+    cfg = run.cfg
+    source = run.source if cfg.data else World(cfg, "select")
+    words = source.captions([(i,) for i in range(clips)])
+    text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
+    with torch.no_grad(), autocast(cfg):
+        x = rollout(net, text, cfg, [rng_for("select", i) for i in range(clips)], chunks)
+        video01 = torch.cat([run.codec.decode(part) for part in x.split(16)])
+    return video01.float().cpu(), [" ".join(w) if cfg.data else caption(w) for w in words]
+
+
+def select(run: Run) -> dict[str, float]:
+    """Measure the averaged student on held-out prompts, at the end of a rollout of full horizon; keep the
+    best.
+
+    Few-step students are easily over-trained. Of real clips nobody knows the truth: there the newest student
+    is kept.
+    """
+    if run.rank:
+        return {}
+    stats, score = {}, run.best
+    if not run.cfg.data:
+        scores = measure(*imagine(run, run.ema.module, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
+        stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
+        score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
+    if score >= run.best:
+        run.best = score
+        facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
+        facts["vocabulary"] = " ".join(run.source.vocabulary)
+        save_weights(run.out / "student.safetensors", run.ema.module, run.cfg, "student", **facts)
+    return stats
+
+
+def sheet(run: Run, name: str) -> None:
+    if run.rank == 0:
+        video01, prompts = imagine(run, run.ema.module, 6, run.cfg.chunks)
+        contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)))
+
+
+def log(run: Run, stats: dict, bar) -> None:
+    if run.rank:
+        return
+    stats = {"step": run.step} | {k: round(float(v), 6) for k, v in stats.items()}
+    with open(run.out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(stats) + "\n")
+    shown = ("dmd", "critic", *AXES, "ess", "held_out_direction")
+    bar.set_postfix({k: f"{stats[k]:.2f}" for k in shown if k in stats}, refresh=False)
+
+
+# -- starting, saving, ending ----------------------------------------
+
+
+def setup(cfg: Config) -> tuple[int, int, str]:
+    """torchrun's environment, if any → rank, world size, device. Without it: one process. Raises BadInput."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch % (world * cfg.accumulate):
+        raise BadInput(f"batch={cfg.batch} is not possible with {world} processes; allowed: multiples of "
+                       f"{world * cfg.accumulate} (processes x accumulate)")  # fmt: skip
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return rank, world, device
+
+
+def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
+    """Load the networks, or the run that is to be resumed."""
+    out, nets = writable_folder(flags.out), Path(flags.nets or f"assets/{cfg.preset}")
+    state = load_state(out, cfg, FREE) if flags.resume else None
+    weighted = cfg.beta or cfg.space or cfg.time
+    codec = load_weights(nets / "codec.safetensors", Codec(cfg), cfg, "codec").requires_grad_(False)
+    teacher = load_weights(nets / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").requires_grad_(False)
+    reward = RewardModel(cfg) if weighted else None
+    if reward is not None:
+        load_weights(nets / "reward.safetensors", reward, cfg, "reward").requires_grad_(False).to(cfg.device)
+    student = load_weights(nets / "causal.safetensors", VideoDiT(cfg), cfg, "causal").to(cfg.device)
+    critic = load_weights(nets / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").to(cfg.device)
+    adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
+    run = Run(
+        cfg, out, rank, world, codec.to(cfg.device), teacher.to(cfg.device), reward, source_of(cfg),
+        student, critic, AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)),
+        torch.optim.AdamW(student.parameters(), lr=cfg.lr, **adam),
+        torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam),
+        Balancer(cfg),
+    )  # fmt: skip
+    if state:
+        restore(run, state)
+    if rank == 0:
+        text = json.dumps(
+            asdict(cfg) | {"torch": torch.__version__, "world": world, "nets": str(nets)}, indent=1
+        )
+        write_atomically(out / "config.json", lambda name: name.write_text(text))
+        metrics = out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if state and metrics.exists() else []
+        kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.step)
+        write_atomically(metrics, lambda name: name.write_text(kept))
+    return run
+
+
+_STATE = ("student", "critic", "ema", "student_opt", "critic_opt", "balancer")
+
+
+def save(run: Run) -> None:
+    if run.rank == 0:
+        state = {name: getattr(run, name).state_dict() for name in _STATE}
+        save_state(run.out, run.step, state | {"config": asdict(run.cfg), "best": run.best})
+
+
+def restore(run: Run, state: dict) -> None:
+    for name in _STATE:
+        getattr(run, name).load_state_dict(state[name])
+    run.step, run.best = state["step"], state["best"]
+
+
+def finish(run: Run, flags: Flags) -> None:
+    if run.step >= run.cfg.steps:
+        sheet(run, "after")
+        where = (
+            f"student {run.out}/student.safetensors (held-out score {run.best:.3f}), sheets {run.out}/*.png"
+        )
+    else:
+        where = f"stopped after step {run.step}; --resume goes on from there"
+    if run.rank == 0:
+        print(where, flush=True)
+    if run.world > 1:
+        dist.barrier()
+        if (
+            run.cfg.device == "cuda"
+        ):  # gloo's threads can abort the interpreter after a destroy; the exit frees them
+            dist.destroy_process_group()
+
+
+# -- processes ----------------------------------------
+
+
+def autocast(cfg: Config):
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
+
+
+def gather(x: Tensor, run: Run) -> Tensor:
+    """(b ...) of every process, in rank order."""
+    if run.world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(run.world)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def mean_over_processes(stats: dict, run: Run) -> dict[str, float]:
+    values = torch.tensor([float(v) for v in stats.values()], device=run.cfg.device)
+    if run.world > 1:
+        dist.all_reduce(values)
+    return dict(zip(stats, (values / run.world).tolist(), strict=True))
+
+
+def any_process(flag: bool, world: int) -> bool:
+    if world == 1:
+        return flag
+    flags: list[bool] = [False] * world
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
+if __name__ == "__main__":
+    run(main)
