@@ -124,7 +124,7 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | 
             f"{paths[-1]} cannot be read ({type(error).__name__}); delete it to go on from the one before"
         ) from error
     for f in fields(Config):
-        then, now = state["config"].get(f.name), getattr(cfg, f.name)
+        then, now = state["config"].get(f.name, f.default), getattr(cfg, f.name)
         then = tuple(then) if isinstance(then, list) else then
         if f.name not in free and then != now:
             raise BadInput(

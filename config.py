@@ -158,8 +158,9 @@ class Config:
 
 _POSITIVE = (
     "height width objects fps frames chunk channels stride time_stride patch patch_time dim ffn layers heads "
-    "time_freqs text_length text_width shift guidance horizon group balance_window balance_temperature fuse_temperature "
-    "steps batch accumulate critic_steps lr critic_lr clip save_every eval_every eval_clips max_bad"
+    "time_freqs text_length text_width shift guidance horizon group balance_window balance_temperature "
+    "fuse_temperature steps batch accumulate critic_steps lr critic_lr clip save_every eval_every "
+    "eval_clips max_bad"
 ).split()
 _NOT_NEGATIVE = (
     "codec_noise window sink beta weight_cap balance_strength floor_space floor_time motion seed beta1 beta2 "
@@ -193,8 +194,8 @@ PRESETS: dict[str, Config] = {
     "wan-1.3b": Config(
         preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
         dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512, text_width=4096,
-        predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200, critic_steps=5, lr=2e-6,
-        critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True, checkpointing=True, horizon=1,
+        predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200, critic_steps=5,
+        lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True, checkpointing=True, horizon=1,
         sink_decay=0.999,
     ),
 }  # fmt: skip
@@ -284,7 +285,7 @@ def from_words(text: str) -> Config:
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items() if k in known})
 
 
-def run(main: Callable[[], None]) -> None:
+def cli(main: Callable[[], None]) -> None:
     """Call a script's main; bad input ends it with one line on stderr and exit code 2."""
     try:
         main()

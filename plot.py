@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoint import load_weights, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import BadInput, Config, from_words, read_cli, run
+from config import BadInput, Config, cli, from_words, read_cli
 from data import rng_for, tokenize, understand
 from model import VideoDiT
 from reward import AXES, RewardModel
@@ -143,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

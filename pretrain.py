@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import load_state, load_weights, save_state, save_weights, stop_on_signal, writable_folder
 from codec import Codec
-from config import BadInput, Config, from_cli, run
+from config import BadInput, Config, cli, from_cli
 from corrupt import worse_looks, worse_motion, wrong_words
 from data import World, randn, rng_for, source_of, tokenize
 from model import VideoDiT, add_noise, shift_time, teacher_forcing
@@ -317,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

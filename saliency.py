@@ -2,7 +2,7 @@
 cells.
 
     S_s = |∂r_s / ∂pixel|, summed over colours, on the latent grid   reward_saliency, to_latent_grid
-    S   = Σ_s softmax(-r / T)_s S_s / mean(S_s)                      fuse_axes: the weakest axis speaks loudest
+    S   = Σ_s softmax(-r / T)_s S_s / mean(S_s)                      fuse_axes: the weakest axis counts most
     W_time[f]      = norm(max(minmax_f(mean_hw S), floor))           factorise
     W_space[f,h,w] = norm_f(max(minmax_hw(S[f]), floor))             factorise
     W_intra = W_time W_space, mean 1                                 intra_weight

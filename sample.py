@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import load_weights, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import PRESETS, BadInput, Config, from_words, read_cli, run
+from config import PRESETS, BadInput, Config, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
 from model import VideoDiT
 from plot import contact_sheet, to_uint8
@@ -183,4 +183,4 @@ def report(seconds: list[float], cfg: Config, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

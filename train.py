@@ -13,19 +13,18 @@ overlap; with --accumulate, rewards are compared within a micro-batch (over all 
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import processes
 from checkpoint import (
     load_state,
     load_weights,
@@ -36,7 +35,7 @@ from checkpoint import (
     write_atomically,
 )
 from codec import Codec
-from config import BadInput, Config, from_cli, run
+from config import Config, cli, from_cli
 from data import ClipFolder, World, caption, randn, rng_for, source_of, tokenize
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from evaluate import ACCURACIES, measure
@@ -46,13 +45,8 @@ from reward import AXES, Balancer, RewardModel, effective_share, rollout_weight
 from rollout import exit_step, rollout, rollout_chunks
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
-FREE = (
-    "steps",
-    "save_every",
-    "eval_every",
-    "eval_clips",
-    "device",
-)  # may change between a run and its continuation
+# may change between a run and its continuation
+FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device")
 
 
 @dataclass(frozen=True)
@@ -93,33 +87,32 @@ class Run:
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
-    rank, world, device = setup(cfg)
-    run_ = prepare(replace(cfg, device=device), flags, rank, world)
-    stop = stop_on_signal()
-    cfg = run_.cfg
+    rank, world, device = processes.start(cfg)
+    run = prepare(replace(cfg, device=device), flags, rank, world)
+    stop, cfg = stop_on_signal(), run.cfg
     bar = tqdm(
-        range(run_.step, cfg.steps), initial=run_.step, total=cfg.steps, desc=cfg.method, disable=rank > 0
+        range(run.step, cfg.steps), initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0
     )
-    if run_.step == 0:
-        sheet(run_, "before")
+    if run.step == 0:
+        sheet(run, "before")
         for i in range(cfg.critic_warmup):
-            update_critic(run_, "warm-up", i)
+            update_critic(run, "warm-up", i)
     for step in bar:
         start = time.perf_counter()
-        stats = update_student(run_, step)
+        stats = update_student(run, step)
         for i in range(cfg.critic_steps):
-            stats["critic"] = update_critic(run_, "critic", step, i)["critic"]
-        run_.step = step + 1
+            stats["critic"] = update_critic(run, "critic", step, i)["critic"]
+        run.step = step + 1
         stats["seconds"] = time.perf_counter() - start
-        if run_.step % cfg.eval_every == 0 or run_.step == cfg.steps:
-            stats |= select(run_)
-        log(run_, stats, bar)
-        stopping = any_process(bool(stop), world)
-        if run_.step % cfg.save_every == 0 or run_.step == cfg.steps or stopping:
-            save(run_)
+        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
+            stats |= select(run)
+        log(run, stats, bar)
+        stopping = processes.any_of(bool(stop))
+        if run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping:
+            save(run)
         if stopping:
             break
-    finish(run_, flags)
+    finish(run, flags)
 
 
 def update_student(run: Run, step: int) -> dict[str, float]:
@@ -129,14 +122,14 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         rngs, text = draw(run, "student", step, micro=micro)
         # 1. the student dreams a video the way it will at inference
         chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
-        with autocast(cfg):
+        with processes.autocast(cfg):
             x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
         # 2. how far to trust the teacher on this rollout, and where
         w, judged = weigh(run, x.detach(), text)
         # 3. what would make it more like the teacher's videos
         t = sample_t(rngs, cfg, cfg.device)
         noise = randn(rngs, *x.shape[1:], device=cfg.device)
-        with autocast(cfg):
+        with processes.autocast(cfg):
             g, finite = dmd_gradient(x, text, torch.zeros_like(text[:1]), run.teacher, run.critic, t, noise,
                                      cfg.guidance, cfg.motion)  # fmt: skip
         w = w.expand(len(x), -1, -1, -1, -1)[finite]
@@ -148,7 +141,7 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         (loss / cfg.accumulate).backward()
         stats = judged | {"dmd": g.abs().mean(), "dropped": (~finite).float().sum() * run.world, "exit": exit}
         stats["frames"] = chunks * cfg.chunk
-    stats = mean_over_processes(stats, run)
+    stats = processes.mean(stats, cfg.device)
     stats["grad_norm"] = update(run, run.student, run.student_opt, stats["dropped"])
     run.ema.update_parameters(run.student)
     return stats
@@ -160,7 +153,7 @@ def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
     if run.reward is None:
         return torch.ones(1, 1, 1, 1, 1, device=x.device), {}
     axes = [AXES.index(a) for a in cfg.axes]
-    with torch.no_grad(), autocast(cfg):
+    with torch.no_grad(), processes.autocast(cfg):
         video01 = run.codec.decode(x).float()
     if cfg.space or cfg.time:
         scores, saliency = reward_saliency(run.reward, video01, text)
@@ -169,7 +162,7 @@ def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
     else:
         with torch.no_grad():
             scores, intra = run.reward(video01, text), torch.ones(1, 1, 1, 1, 1, device=x.device)
-    everyone = gather(scores, run)
+    everyone = processes.gather(scores)
     inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)
     mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
     stats = {name: everyone[:, i].mean() for i, name in enumerate(AXES)}
@@ -182,7 +175,7 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
     cfg, total = run.cfg, 0.0
     for micro in range(cfg.accumulate):
         rngs, text = draw(run, *key, micro=micro)
-        with autocast(cfg):
+        with processes.autocast(cfg):
             with torch.no_grad():
                 x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
             noise = randn(rngs, *x.shape[1:], device=cfg.device)
@@ -191,7 +184,7 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
         loss = losses[finite].sum() / len(losses)
         (loss / cfg.accumulate).backward()
         total += loss.detach() / cfg.accumulate
-    dropped = mean_over_processes({"critic": total, "dropped": (~finite).float().sum() * run.world}, run)
+    dropped = processes.mean({"critic": total, "dropped": (~finite).float().sum() * run.world}, cfg.device)
     update(run, run.critic, run.critic_opt, dropped["dropped"])
     return dropped
 
@@ -200,11 +193,7 @@ def update(run: Run, net: nn.Module, opt: torch.optim.Optimizer, dropped: float)
     """Average gradients over processes, clip, step → gradient norm. A non-finite gradient is not stepped
     along."""
     params = [p for p in net.parameters() if p.grad is not None]
-    if run.world > 1:
-        flat = torch.cat([p.grad.flatten() for p in params])
-        dist.all_reduce(flat)
-        for p, g in zip(params, (flat / run.world).split([p.numel() for p in params]), strict=True):
-            p.grad.copy_(g.view_as(p))
+    processes.average_gradients(params)
     norm = nn.utils.clip_grad_norm_(params, run.cfg.clip)
     if norm.isfinite():
         opt.step()
@@ -234,7 +223,7 @@ def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, 
     source = run.source if cfg.data else World(cfg, "select")
     words = source.captions([(i,) for i in range(clips)])
     text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
-    with torch.no_grad(), autocast(cfg):
+    with torch.no_grad(), processes.autocast(cfg):
         x = rollout(net, text, cfg, [rng_for("select", i) for i in range(clips)], chunks)
         video01 = torch.cat([run.codec.decode(part) for part in x.split(16)])
     return video01.float().cpu(), [" ".join(w) if cfg.data else caption(w) for w in words]
@@ -279,22 +268,6 @@ def log(run: Run, stats: dict, bar) -> None:
 
 
 # -- starting, saving, ending ----------------------------------------
-
-
-def setup(cfg: Config) -> tuple[int, int, str]:
-    """torchrun's environment, if any → rank, world size, device. Without it: one process. Raises BadInput."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.batch % (world * cfg.accumulate):
-        raise BadInput(f"batch={cfg.batch} is not possible with {world} processes; allowed: multiples of "
-                       f"{world * cfg.accumulate} (processes x accumulate)")  # fmt: skip
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return rank, world, device
 
 
 def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
@@ -356,44 +329,8 @@ def finish(run: Run, flags: Flags) -> None:
         where = f"stopped after step {run.step}; --resume goes on from there"
     if run.rank == 0:
         print(where, flush=True)
-    if run.world > 1:
-        dist.barrier()
-        if (
-            run.cfg.device == "cuda"
-        ):  # gloo's threads can abort the interpreter after a destroy; the exit frees them
-            dist.destroy_process_group()
-
-
-# -- processes ----------------------------------------
-
-
-def autocast(cfg: Config):
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
-
-
-def gather(x: Tensor, run: Run) -> Tensor:
-    """(b ...) of every process, in rank order."""
-    if run.world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(run.world)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def mean_over_processes(stats: dict, run: Run) -> dict[str, float]:
-    values = torch.tensor([float(v) for v in stats.values()], device=run.cfg.device)
-    if run.world > 1:
-        dist.all_reduce(values)
-    return dict(zip(stats, (values / run.world).tolist(), strict=True))
-
-
-def any_process(flag: bool, world: int) -> bool:
-    if world == 1:
-        return flag
-    flags: list[bool] = [False] * world
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    processes.stop()
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -10,16 +10,18 @@ from model import VideoDiT
 
 @pytest.fixture
 def tiny() -> Config:
-    """A pass takes milliseconds. Rows and columns, channels and layers differ, so that swapped axes do not fit."""
+    """A pass takes milliseconds. Rows and columns, channels and layers differ, so that swapped axes do not
+    fit."""
     return replace(
-        PRESETS["tiny"], dim=48, heads=2, ffn=96, layers=2, height=32, width=48, channels=5, frames=8, chunk=2,
-        text_length=7, text_width=16, time_freqs=32, batch=2,
+        PRESETS["tiny"], dim=48, heads=2, ffn=96, layers=2, height=32, width=48, channels=5, frames=8,
+        chunk=2, text_length=7, text_width=16, time_freqs=32, batch=2,
     )  # fmt: skip
 
 
 @pytest.fixture
 def build() -> Callable[[Config], VideoDiT]:
-    """Config → a network whose parameters are all random: a fresh one has a zero head, which would hide everything."""
+    """Config → a network whose parameters are all random: a fresh one has a zero head, which would hide
+    everything."""
 
     def build(cfg: Config) -> VideoDiT:
         with torch.random.fork_rng(), torch.no_grad():

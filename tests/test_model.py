@@ -1,6 +1,8 @@
-"""The transformer and its caches: what must be equal is computed in two ways, what must not matter is perturbed."""
+"""The transformer and its caches: what must be equal is computed in two ways, what must not matter is
+perturbed."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -40,7 +42,8 @@ def inputs(cfg, frames, batch=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, frames, *cfg.latent_shape, generator=g)
     t = 0.2 + 0.8 * torch.rand(batch, frames // cfg.patch_time, generator=g)
-    return x, t.repeat_interleave(cfg.patch_time, 1), torch.randn(batch, cfg.text_length, cfg.text_width, generator=g)
+    text = torch.randn(batch, cfg.text_length, cfg.text_width, generator=g)
+    return x, t.repeat_interleave(cfg.patch_time, 1), text
 
 
 @torch.no_grad()
@@ -69,7 +72,7 @@ def random_kv(cfg, batch, seed, dtype=torch.float32):
     return [tuple(torch.randn(shape, generator=g).to(dtype) for _ in "kv") for _ in range(cfg.layers)]
 
 
-# -- flow, time, patches -------------------------------------------------------------------------------------------------
+# -- flow, time, patches -------------------------------------------------------------------------------------
 
 
 def test_noise_and_velocity_undo_each_other():
@@ -83,7 +86,8 @@ def test_noise_and_velocity_undo_each_other():
 
 
 def test_shift_warps_time_towards_noise():
-    """Would catch the inverse warp and a different formula: the numbers are those of the released schedules."""
+    """Would catch the inverse warp and a different formula: the numbers are those of the released
+    schedules."""
     u = torch.tensor([1, 0.75, 0.5, 0.25, 0])
     assert torch.equal(shift_time(u, 1.0), u)
     torch.testing.assert_close(shift_time(u, 5.0), torch.tensor([1, 0.9375, 5 / 6, 0.625, 0]))
@@ -91,8 +95,9 @@ def test_shift_warps_time_towards_noise():
 
 @pytest.mark.parametrize("patch_time", [1, 2])
 def test_patches_go_back_to_where_they_came_from(tiny, patch_time):
-    """Would catch rows swapped with columns or patches put back elsewhere. Without blocks, with an embedding that copies
-    and a head that puts a patch's numbers in the head's order, the network must be the identity."""
+    """Would catch rows swapped with columns or patches put back elsewhere. Without blocks, with an embedding
+    that copies and a head that puts a patch's numbers in the head's order, the network must be the
+    identity."""
     cfg = replace(tiny, patch_time=patch_time, predict="v", dim=tiny.channels * patch_time * 4)
     model = VideoDiT(cfg)
     model.blocks = nn.ModuleList()
@@ -102,13 +107,19 @@ def test_patches_go_back_to_where_they_came_from(tiny, patch_time):
     model.head.forward = lambda x, e: rearrange(x, "b n (c rpq) -> b n (rpq c)", c=cfg.channels)
     x, t, text = inputs(cfg, 4)
     assert torch.equal(model(x, t, text)[0], x)
-    x = torch.zeros(1, 4, *cfg.latent_shape)
-    x[0, 2, 1, 3, 4] = 1  # row 3, column 4: in the patch of rows 2-3 and columns 4-5
-    embedded = model.patch_embedding(x.transpose(1, 2))
-    seen = []
-    model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(x, t[:1], text[:1])
-    torch.testing.assert_close(seen[0], rearrange(embedded, "b d f h w -> b (f h w) d"))
+
+
+def test_predicting_x_is_the_same_network_read_differently(tiny, build):
+    """Would catch a velocity of an x-predicting net that does not lead back to its x, or is infinite at time
+    0."""
+    outputs = {}
+    for predict in ("x", "v"):
+        cfg = replace(tiny, predict=predict)
+        xt, t, text = inputs(cfg, 2)
+        with torch.no_grad():
+            outputs[predict] = build(cfg)(xt, t, text)[0]
+            assert build(cfg)(xt, 0 * t, text)[0].isfinite().all()
+    torch.testing.assert_close(to_x0(outputs["x"], xt, t), outputs["v"], **close)
 
 
 def test_wan_preset_has_the_parameters_of_wan():
@@ -135,14 +146,15 @@ def test_wan_preset_has_the_parameters_of_wan():
         assert tuple(tensors[name].shape) == shape, name
 
 
-# -- cached = masked -----------------------------------------------------------------------------------------------------
+# -- cached = masked -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("patch_time", [1, 2])
 @pytest.mark.parametrize("memory", [WHOLE_CLIP, SINKS["none"]], ids=["whole", "window"])
 def test_chunk_by_chunk_equals_one_masked_pass(tiny, build, memory, patch_time):
-    """Would catch a cache that is off by a chunk, rotates by the wrong position or evicts at the wrong time. In a window
-    the cache counts positions from its oldest chunk and the masked pass from the start: only differences may matter."""
+    """Would catch a cache that is off by a chunk, rotates by the wrong position or evicts at the wrong time.
+    In a window the cache counts positions from its oldest chunk and the masked pass from the start: only
+    differences may matter."""
     cfg = replace(tiny, chunk=2 * patch_time, frames=12 * patch_time, patch_time=patch_time, **memory)
     model = build(cfg)
     x, t, text = inputs(cfg, cfg.frames)
@@ -153,10 +165,13 @@ def test_chunk_by_chunk_equals_one_masked_pass(tiny, build, memory, patch_time):
         assert (model(x, t, text)[0] - masked).abs().max() > 0.1, "the mask does nothing"
 
 
-def test_teacher_forcing_equals_clean_chunks_in_the_cache(tiny, model):
-    """Would catch a noisy chunk that sees itself in the clean half (it would only have to copy) or positions that run
-    on through the second half: the causal start would then train for a different job than the student's."""
-    cfg = replace(tiny, **WHOLE_CLIP)
+@pytest.mark.parametrize("patch_time", [1, 2])
+def test_teacher_forcing_equals_clean_chunks_in_the_cache(tiny, build, patch_time):
+    """Would catch a noisy chunk that sees itself in the clean half (it would only have to copy) or positions
+    that run on through the second half: the causal start would then train for a different job than the
+    student's."""
+    cfg = replace(tiny, chunk=2 * patch_time, frames=8 * patch_time, patch_time=patch_time, **WHOLE_CLIP)
+    model = build(cfg)
     x, _, text = inputs(cfg, cfg.frames)
     noisy, t, _ = inputs(cfg, cfg.frames, seed=1)
     clean_t = torch.zeros_like(t)
@@ -165,24 +180,32 @@ def test_teacher_forcing_equals_clean_chunks_in_the_cache(tiny, model):
     with torch.no_grad():
         forced = model(*both, text, mask=mask, positions=positions)[0][:, cfg.frames :]
         cache, out = ListCache(model, cfg), []
-        for clean, xk, tk in zip(x.split(2, 1), noisy.split(2, 1), t.split(2, 1), strict=True):
+        for clean, xk, tk in zip(*(z.split(cfg.chunk, 1) for z in (x, noisy, t)), strict=True):
             out.append(model(xk, tk, text, cache)[0])
             cache.commit(model(clean, torch.zeros_like(tk), text, cache)[1])
     torch.testing.assert_close(forced, torch.cat(out, 1), **close)
 
 
-# -- who sees whom -------------------------------------------------------------------------------------------------------
+# -- who sees whom -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sink", ["whole", *SINKS])
-@pytest.mark.parametrize("way", ["masked", "list", "ring"])
+NO_MASK = ("masked", "ema")  # an average of chunks is not a mask
+
+
+@pytest.mark.parametrize(
+    "way, sink",
+    [
+        (way, sink)
+        for way in ("masked", "list", "ring")
+        for sink in ("whole", *SINKS)
+        if (way, sink) != NO_MASK
+    ],
+)
 def test_who_sees_whom(tiny, build, way, sink):
-    """Would catch any leak from the future, a causal order inside a chunk, a window that is a chunk too long or short
-    and a sink that gets lost. In one layer, every frame is perturbed in turn; which outputs move is compared with what
-    the definition of chunk, window and sink says."""
+    """Would catch any leak from the future, a causal order inside a chunk, a window that is a chunk too long
+    or short and a sink that gets lost. In one layer, every frame is perturbed in turn; which outputs move is
+    compared with what the definition of chunk, window and sink says."""
     cfg = replace(tiny, layers=1, frames=16, **SINKS.get(sink, WHOLE_CLIP))
-    if way == "masked" and cfg.sink_mode == "ema":
-        pytest.skip("an average of chunks is not a mask")
     model, frames = build(cfg), 16
     x, t, text = inputs(cfg, frames, batch=1)
     x = x.repeat(frames + 1, 1, 1, 1, 1)
@@ -193,7 +216,7 @@ def test_who_sees_whom(tiny, build, way, sink):
     else:
         cache = ListCache(model, cfg) if way == "list" else RingCache(model, cfg, frames + 1)
         out = run_cached(model, cfg, cache, *args)
-    moved = (out[:-1] - out[-1]).abs().amax((2, 3, 4)) > 1e-6  # (perturbed, looked at)
+    moved = (out[:-1] - out[-1]).abs().amax((2, 3, 4)) > 1e-4  # (perturbed, looked at)
     expected = torch.zeros(frames, frames, dtype=torch.bool)
     for source in range(frames):
         for target in range(frames):
@@ -201,7 +224,6 @@ def test_who_sees_whom(tiny, build, way, sink):
             recent = ago < (cfg.window or 99) - cfg.sink
             kept = cfg.sink_mode == "ema" or source // cfg.chunk < cfg.sink
             expected[source, target] = ago >= 0 and (recent or kept)
-    d = (out[:-1] - out[-1]).abs().amax((2, 3, 4)); print(d[expected].min(), d[~expected].max(), out.std())
     assert torch.equal(moved, expected)
 
 
@@ -216,8 +238,8 @@ def test_deep_masked_pass_never_sees_the_future(tiny, model):
 
 @pytest.mark.parametrize("kind", [ListCache, RingCache])
 def test_rollout_goes_only_forward(tiny, model, kind):
-    """Would catch a stream that forgets to commit (nothing later would change) or that hands out a tensor which later
-    chunks overwrite (something earlier would)."""
+    """Would catch a stream that forgets to commit (nothing later would change) or that hands out a tensor
+    which later chunks overwrite (something earlier would)."""
 
     def chunks(other=None):
         rngs, out = [rng_for(0), rng_for(1)], []
@@ -234,13 +256,14 @@ def test_rollout_goes_only_forward(tiny, model, kind):
     assert (moved[:3] == 0).all() and (moved[3:] > 1e-3).all()
 
 
-# -- the caches ----------------------------------------------------------------------------------------------------------
+# -- the caches ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sink", SINKS)
 def test_ring_equals_list(tiny, model, sink):
-    """Would catch a ring that overwrites the wrong slot, misplaces its slots in time after wrapping around, shows empty
-    or stale slots, or lets samples mix. Afterwards reset() must leave nothing of the first stream behind."""
+    """Would catch a ring that overwrites the wrong slot, misplaces its slots in time after wrapping around,
+    shows empty or stale slots, or lets samples mix. Afterwards reset() must leave nothing of the first stream
+    behind."""
     cfg = replace(tiny, **SINKS[sink])
     slow, fast = caches(model, cfg)
     for seed in range(2):
@@ -255,7 +278,8 @@ def test_ring_equals_list(tiny, model, sink):
 
 @pytest.mark.parametrize("sink", SINKS)
 def test_stream_is_the_same_from_either_cache(tiny, model, sink):
-    """Would catch a ring that is right for the pass that commits and wrong for the several passes before it."""
+    """Would catch a ring that is right for the pass that commits and wrong for the several passes before
+    it."""
     cfg = replace(tiny, **SINKS[sink])
     text = inputs(cfg, 2)[2]
     with torch.no_grad():
@@ -263,14 +287,14 @@ def test_stream_is_the_same_from_either_cache(tiny, model, sink):
             torch.cat(list(stream(model, text, cfg, [rng_for(0), rng_for(1)], 24, cache=cache)), 1)
             for cache in caches(model, cfg)
         )
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(a, b, **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [ListCache, RingCache])
 def test_ema_sink_equals_its_definition(tiny, model, kind, dtype):
-    """Would catch a decay on the wrong side, an average that takes in the newest chunk instead of the evicted one, one
-    of rotated keys, and one kept in bf16, which at 0.99 a chunk hardly moves."""
+    """Would catch a decay on the wrong side, an average that takes in the newest chunk instead of the evicted
+    one, one of rotated keys, and one kept in bf16, which at 0.99 a chunk hardly moves."""
     cfg = replace(tiny, sink_mode="ema", sink=1, window=4, sink_decay=0.99)
     cache = ListCache(model, cfg) if kind is ListCache else RingCache(model, cfg, 2, dtype)
     given = [random_kv(cfg, 2, seed, dtype) for seed in range(40)]
@@ -293,7 +317,7 @@ def test_ema_sink_equals_its_definition(tiny, model, kind, dtype):
             torch.testing.assert_close(mine.double(), exact, **close)
 
 
-# -- positions -----------------------------------------------------------------------------------------------------------
+# -- positions -----------------------------------------------------------------------------------------------
 
 
 def test_only_differences_of_positions_matter(tiny, model):
@@ -318,7 +342,8 @@ def test_text_has_no_positions(tiny, model):
 
 
 def test_keys_are_committed_before_rotation(tiny, model):
-    """Would catch keys that carry the position of the moment, which is wrong as soon as the window moves on."""
+    """Would catch keys that carry the position of the moment, which is wrong as soon as the window moves
+    on."""
     x, t, text = inputs(tiny, 2)
     for cache in caches(model, tiny):
         with torch.no_grad():
@@ -332,7 +357,8 @@ def test_keys_are_committed_before_rotation(tiny, model):
 
 @pytest.mark.parametrize("kind", [ListCache, RingCache])
 def test_long_stream_equals_a_fresh_one(tiny, build, kind):
-    """Would catch positions that grow with the stream: at chunk 30 it would no longer be what it was at chunk 3."""
+    """Would catch positions that grow with the stream: at chunk 30 it would no longer be what it was at chunk
+    3."""
     cfg = replace(tiny, layers=1, **SINKS["none"])
     model = build(cfg)
     x, t, text = inputs(cfg, 30 * cfg.chunk)
@@ -343,7 +369,15 @@ def test_long_stream_equals_a_fresh_one(tiny, build, kind):
     torch.testing.assert_close(a, b, **close)
 
 
-# -- purity and gradients ------------------------------------------------------------------------------------------------
+# -- purity and gradients ------------------------------------------------------------------------------------
+
+
+def tensors_in(thing):
+    """All tensors in nested lists, tuples and dictionaries, in order."""
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
+    return [x for part in parts for x in tensors_in(part)]
 
 
 def test_forward_is_pure(tiny, model):
@@ -352,16 +386,12 @@ def test_forward_is_pure(tiny, model):
     for cache in caches(model, tiny):
         for seed in range(4):
             cache.commit(random_kv(tiny, 2, seed))
-        tensors = lambda c=cache: [x for x in vars(c).values() if isinstance(x, torch.Tensor)] or [  # noqa: E731
-            *c.keys, *c.values, *(x for kv in c.chunks for pair in kv for x in pair)
-        ]  # fmt: skip
-        before = [x.clone() for x in tensors()]
+        before = deepcopy(tensors_in(vars(cache)))
         with torch.no_grad():
-            (v1, kv1), (v2, kv2) = model(x, t, text, cache), model(x, t, text, cache)
-        assert torch.equal(v1, v2)
-        assert all(torch.equal(a, b) for p1, p2 in zip(kv1, kv2, strict=True) for a, b in zip(p1, p2, strict=True))
-        after = tensors()
-        assert len(after) == len(before) and all(map(torch.equal, after, before))
+            first, second = model(x, t, text, cache), model(x, t, text, cache)
+        for a, b in ((first, second), (before, vars(cache))):
+            a, b = tensors_in(a), tensors_in(b)
+            assert len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def gradients(model, loss):
@@ -373,8 +403,8 @@ def gradients(model, loss):
 @pytest.mark.parametrize("kv_grad", [False, True])
 @pytest.mark.parametrize("sink", ["none", "ema"])
 def test_checkpointing_changes_nothing(tiny, model, sink, kv_grad):
-    """Would catch a cache that is overwritten in place: the backward pass recomputes a block after the rollout is over,
-    when the window has moved on, and would quietly get the gradient of another context."""
+    """Would catch a cache that is overwritten in place: the backward pass recomputes a block after the
+    rollout is over, when the window has moved on, and would quietly get the gradient of another context."""
     cfg = replace(tiny, kv_grad=kv_grad, **SINKS[sink])
     text, calls = inputs(cfg, 2)[2], [0]
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
@@ -394,9 +424,9 @@ def test_checkpointing_changes_nothing(tiny, model, sink, kv_grad):
 @pytest.mark.parametrize("context", ["clean", "none"])
 @pytest.mark.parametrize("kv_grad", [False, True])
 def test_the_cache_carries_no_gradient(tiny, model, kv_grad, context):
-    """Would catch a gradient that leaks through keys and values into the passes that made earlier chunks, and a switch
-    kv_grad that does not. The loss is on chunk 1 alone; chunk 0 is either part of the rollout, or made beforehand and
-    only given."""
+    """Would catch a gradient that leaks through keys and values into the passes that made earlier chunks, and
+    a switch kv_grad that does not. The loss is on chunk 1 alone; chunk 0 is either part of the rollout, or
+    made beforehand and only given."""
     cfg = replace(tiny, kv_grad=kv_grad, context=context, **WHOLE_CLIP)
     text, made = inputs(cfg, 2)[2], []
 
@@ -424,14 +454,15 @@ def test_the_cache_carries_no_gradient(tiny, model, kv_grad, context):
         assert same != kv_grad
 
 
-# -- compilation ---------------------------------------------------------------------------------------------------------
+# -- compilation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sink", SINKS)
-def test_streaming_is_one_graph(tiny, model, sink):
-    """Would catch a Python number in the ring cache that changes from chunk to chunk, or a question to the device: each
-    chunk would be compiled anew, or its graph broken in two."""
-    cfg = replace(tiny, **SINKS[sink])
+@pytest.mark.parametrize("sink", ["static", "ema"])
+def test_streaming_is_one_graph(tiny, build, sink):
+    """Would catch a Python number in the ring cache that changes from chunk to chunk, or a question to the
+    device: each chunk would be compiled anew, or its graph broken in two."""
+    cfg = replace(tiny, layers=1, **SINKS[sink])
+    model = build(cfg)
     cache, reference, counter = RingCache(model, cfg, 2), RingCache(model, cfg, 2), CompileCounter()
 
     def step(cache, x, t, text):

@@ -14,7 +14,8 @@ from rollout import exit_step, rollout, rollout_chunks, step_grid, stream
 
 
 class Spy:
-    """Stands in for a student and writes down what it was shown: x_t, t, what the cache held, whether grad was on."""
+    """Stands in for a student and writes down what it was shown: x_t, t, the cached chunks, grad on or
+    off."""
 
     def __init__(self, model):
         self.model, self.rope, self.seen = model, model.rope, []
@@ -55,7 +56,7 @@ def long_memory(tiny):
     return replace(tiny, frames=24, window=0, sink=0, sink_mode="none")
 
 
-# -- step grids and cost -------------------------------------------------------------------------------------------
+# -- step grids and cost ---------------------------------------------------------------------------
 
 
 def test_grid_is_warped_towards_noise(tiny):
@@ -83,8 +84,8 @@ def test_grids_of_a_taper(tiny, taper, lengths):
      ("432", "none", 17)],
 )  # fmt: skip
 def test_passes_for_seven_chunks(tiny, model, taper, context, passes):
-    """Catches a refresh that is paid for and not needed. Counted as a stream pays: up to the moment at which the
-    seventh chunk is remembered, since a rollout of exactly seven never refreshes its last one."""
+    """Catches a refresh that is paid for and not needed. Counted as a stream pays: up to the moment at which
+    the seventh chunk is remembered, since a rollout of exactly seven never refreshes its last one."""
     cfg = replace(tiny, taper=taper, context=context, context_t=0.1)
     spy = Spy(model)
     cache = ListCache(spy, cfg)
@@ -102,7 +103,7 @@ def test_last_chunk_is_not_refreshed(tiny, model):
     assert len(spy.seen) == 3 * 4 + 2
 
 
-# -- randomness ----------------------------------------------------------------------------------------------------
+# -- randomness ------------------------------------------------------------------------------------
 
 
 def test_a_chunk_depends_on_its_past_alone(tiny, model, monkeypatch):
@@ -153,13 +154,13 @@ def test_rollout_returns_the_last_frames(tiny, model):
     assert torch.equal(tail, torch.cat(parts[-tiny.chunks :], dim=1))
 
 
-# -- exit steps and gradient ---------------------------------------------------------------------------------------
+# -- exit steps and gradient -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("taper, steps", [("uniform", 4), ("5432", 5), ("432", 4)])
 def test_exit_steps(tiny, taper, steps):
-    """Catches an exit that some step of the grid can never get, one that does not change from update to update, and
-    one that is drawn from a state that processes do not share."""
+    """Catches an exit that some step of the grid can never get, one that does not change from update to
+    update, and one that is drawn from a state that processes do not share."""
     cfg = replace(tiny, taper=taper)
     drawn = [exit_step(cfg, "student", i) for i in range(100)]
     assert set(drawn) == set(range(steps))
@@ -200,7 +201,7 @@ def test_early_exit_of_a_short_grid_is_its_last_step(tiny, model):
 
 @pytest.mark.parametrize("exit", [0, 2, None])
 def test_gradient_through_the_exit_pass_only(tiny, model, exit):
-    """Catches gradient through the steps before the exit, through the refresh, or for chunks that DMD never sees."""
+    """Catches gradient through earlier steps, through the refresh, or for chunks that DMD never sees."""
     spy = Spy(model)
     x = rollout(spy, words(tiny, 1), tiny, rngs(1), chunks=tiny.chunks + 2, exit=exit, grad=True)
     passes = (exit if exit is not None else 3) + 1
@@ -211,8 +212,8 @@ def test_gradient_through_the_exit_pass_only(tiny, model, exit):
 
 @pytest.mark.parametrize("context, exit", [("clean", 1), ("none", 1), ("none", None)])
 def test_no_gradient_leaks_through_the_cache(tiny, model, context, exit):
-    """Catches keys and values that carry gradient from chunk to chunk, as the released code has it; `kv_grad` brings
-    the leak back."""
+    """Catches keys and values that carry gradient from chunk to chunk, as the released code has it; `kv_grad`
+    brings the leak back."""
 
     def gradient(cfg, spy):
         x = rollout(spy, words(cfg, 1), cfg, rngs(1), exit=exit, grad=True)
@@ -229,12 +230,12 @@ def test_no_gradient_leaks_through_the_cache(tiny, model, context, exit):
     assert max(float((a - b).abs().max()) for a, b in zip(clean, leaked, strict=True)) > 1e-2
 
 
-# -- what is remembered --------------------------------------------------------------------------------------------
+# -- what is remembered ----------------------------------------------------------------------------
 
 
 def test_matched_context(long_memory, model):
-    """Catches a `none` context that remembers something else than what the last step saw: training and sampling
-    would then disagree."""
+    """Catches a `none` context that remembers something else than what the last step saw: training and
+    sampling would then disagree."""
     cfg, spy = replace(long_memory, context="none"), Spy(model)
     cache, text = ListCache(spy, cfg), words(long_memory, 1)
     with torch.no_grad():
@@ -283,11 +284,11 @@ def test_list_and_ring_stream_alike(tiny, model):
     torch.testing.assert_close(torch.cat(slow, 1), torch.cat(fast, 1), rtol=1e-3, atol=1e-4)
 
 
-# -- prompts that change, videos that go on ------------------------------------------------------------------------
+# -- prompts that change, videos that go on --------------------------------------------------------
 
 
 def test_prompt_switch(tiny, model):
-    """Catches a switch that comes a chunk early or late, and a cache that still holds the old prompt's keys."""
+    """Catches a switch that is a chunk early or late, and a cache that keeps the old prompt's keys."""
     cfg = replace(tiny, window=4)
     old, new = words(cfg, 1, 0), words(cfg, 1, 1)
     cache = ListCache(model, cfg)

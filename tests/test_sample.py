@@ -1,0 +1,116 @@
+"""sample.py as people run it, on the random nets of test_train."""
+
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import sample
+from config import cli
+from test_train import nets  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def call(nets, monkeypatch, tmp_path):  # noqa: F811
+    def run_it(*argv, out="clip.mp4"):
+        student = f"--student={nets}/stream_r1.safetensors"
+        monkeypatch.setattr(sys, "argv", ["sample.py", student, f"--out={tmp_path / out}", *argv])
+        cli(sample.main)
+        return tmp_path / out
+
+    return run_it
+
+
+def frames_of(path):
+    plugin = "FFMPEG" if path.suffix == ".mp4" else "pillow"
+    return iio.imread(path, index=..., plugin=plugin)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.webp"])
+def test_writes_the_frames_that_were_asked_for(call, name, capsys):
+    """Ten frames are two and a half chunks: the last chunk is cut, the video is enlarged to even sizes."""
+    path = call("--prompt", "a red circle moving left", "--frames=10", out=name)
+    assert frames_of(path).shape == (10, 256, 256, 3)
+    assert path.with_suffix(".png").exists() and str(path) in capsys.readouterr().out
+    assert not [p for p in path.parent.iterdir() if p.name.startswith(".")], "a temporary file was left"
+
+
+def test_mp4_plays_in_a_browser(call):
+    meta = iio.immeta(call("--frames=4"), plugin="FFMPEG")
+    assert meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p") and meta["fps"] == 8
+
+
+def test_seed_repeats_exactly(call):
+    one, two, other = (frames_of(call(f"--seed={s}", "--frames=8", out=f"{i}.webp")) for i, s in enumerate((1, 1, 2)))
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+
+
+def test_prompt_switch_keeps_what_was_before_it(call):
+    """The same seed: equal until the switch, different after it."""
+    first = ["--prompt", "a red circle moving left slowly on a black background"]
+    plain = frames_of(call(*first, "--frames=16", out="a.webp"))
+    switched = frames_of(call(*first, "--prompt", "a blue ring still on white@8", "--frames=16", out="b.webp"))
+    assert np.array_equal(plain[:8], switched[:8]) and not np.array_equal(plain[8:], switched[8:])
+
+
+def test_steps_change_the_picture(call):
+    assert not np.array_equal(frames_of(call("--frames=4", "--steps=1", out="a.webp")),
+                              frames_of(call("--frames=4", "--steps=4", out="b.webp")))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["given.gif", "given.png"])
+def test_goes_on_from_a_clip_or_a_picture(call, tmp_path, name):
+    given = tmp_path / name
+    count = 8 if name.endswith("gif") else 1
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 32, 32, 3), np.uint8)
+    iio.imwrite(given, pixels if count > 1 else pixels[0], plugin="pillow")
+    with_init = frames_of(call(f"--init={given}", "--frames=16", out="a.webp"))
+    without = frames_of(call("--frames=16", out="b.webp"))
+    assert len(with_init) == 16 and not np.array_equal(with_init[-4:], without[-4:])
+
+
+BAD = {
+    "word": (["--prompt", "a red cirle"], "circle"),
+    "empty": (["--prompt", ""], "empty"),
+    "contradiction": (["--prompt", "a red blue circle"], "contradict"),
+    "objects": (["--prompt", "a red ring and a blue ring"], "at most 1"),
+    "switch": (["--prompt", "a red ring", "--prompt", "a blue ring@3"], "multiple of 4"),
+    "ending": (["--out=clip.avi"], ".mp4"),
+    "folder": (["--out=/proc/none/clip.mp4"], "cannot be written"),
+    "frames": (["--frames=-1"], "frames"),
+    "init": (["--init=nothing.mp4"], "nothing.mp4"),
+    "student": (["--student=nothing.safetensors"], "nothing.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(call, capsys, name):
+    argv, needle = BAD[name]
+    with pytest.raises(SystemExit) as stopped:
+        call(*argv)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(error.splitlines()) == 1 and needle in error, error
+
+
+def test_unwritable_output_fails_before_the_work(call, monkeypatch):
+    monkeypatch.setattr(sample, "load_weights", lambda *a: pytest.fail("weights were loaded first"))
+    with pytest.raises(SystemExit):
+        call("--out=/proc/none/clip.mp4")
+
+
+def test_streams_without_keeping_the_past(nets):  # noqa: F811
+    """30 chunks: what the stream holds on to does not grow (the cache's chunks and the recent latents)."""
+    header = sample.read_header(nets / "stream_r1.safetensors")
+    cfg = sample.student_config(header, "tiny", {"device": "cpu"}, 0)
+    student = sample.load_weights(nets / "stream_r1.safetensors", sample.VideoDiT(cfg), cfg, "student")
+    from model import ListCache
+
+    cache = ListCache(student, cfg)
+    text = torch.zeros(1, cfg.text_length, cfg.text_width)
+    sizes = []
+    with torch.inference_mode():
+        for _ in sample.stream(student, text, cfg, [torch.Generator()], 30, cache=cache):
+            sizes.append(sum(v.numel() for v in cache.keys))
+    assert sizes[5] == sizes[-1] and len(cache.chunks) == cfg.cached_chunks

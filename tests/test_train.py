@@ -1,0 +1,226 @@
+"""The loop as people run it: real subprocesses on tiny random nets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train
+from checkpoint import save_weights
+from codec import Codec
+from config import build, cli
+from model import VideoDiT
+from reward import RewardModel
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(dim=32, heads=2, ffn=32, layers=1, batch=4, critic_steps=1, critic_warmup=1, eval_clips=2)
+KEYS = [f"--{k}={v}" for k, v in SMALL.items()] + ["--device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def nets(tmp_path_factory) -> Path:
+    """Random nets of one tiny config, saved as pretrain.py would."""
+    folder = tmp_path_factory.mktemp("nets")
+    cfg = build("tiny", SMALL)
+    torch.manual_seed(0)
+    for kind, net in (("codec", Codec(cfg)), ("reward", RewardModel(cfg)), ("teacher", VideoDiT(cfg))):
+        for p in net.parameters():
+            p.data += 0.02 * torch.randn_like(p)
+        save_weights(folder / f"{kind}.safetensors", net, cfg, kind)
+    save_weights(folder / "causal.safetensors", net, cfg, "causal")
+    save_weights(folder / "stream_r1.safetensors", net, cfg, "student")
+    return folder
+
+
+def command(nets, out, *more, processes=1):
+    head = [sys.executable]
+    if processes > 1:
+        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*head, "train.py", f"--nets={nets}", f"--out={out}", *KEYS, *more]
+
+
+def call(nets, out, *more, processes=1):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(nets, out, *more, processes=processes), cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=170)  # fmt: skip
+    return done
+
+
+def state(folder, step):
+    return torch.load(folder / f"step_{step:06d}.pt", weights_only=True)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
+    """SIGKILL in the middle of a step; the resumed run ends in the same bits: weights, optimizers, balancer."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(nets, whole, "--steps=6", "--save_every=6").returncode == 0
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # many steps, saved one by one, so that the kill lands inside one of them
+    cmd = command(nets, parts, "--steps=6", "--save_every=1")
+    process = subprocess.Popen(cmd, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (parts / "step_000003.pt").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    done = call(nets, parts, "--steps=6", "--save_every=6", "--resume")
+    assert done.returncode == 0, done.stderr
+    one, two = state(whole, 6), state(parts, 6)
+    for name in train._STATE:
+        assert_close(one[name], two[name], rtol=0, atol=0, msg=f"{name} differs after resuming")
+    assert [m["step"] for m in metrics(parts)] == [1, 2, 3, 4, 5, 6]
+    drop = lambda m: {k: v for k, v in m.items() if k != "seconds"}  # noqa: E731
+    assert [drop(m) for m in metrics(parts)] == [drop(m) for m in metrics(whole)]
+
+
+def test_death_while_saving_leaves_the_last_checkpoint(tmp_path):
+    """Killed after half of the bytes are written: the old checkpoint is still the newest one, and readable."""
+    script = f"""
+import os, signal, torch
+from dataclasses import asdict
+from config import Config
+from checkpoint import save_state
+save_state({str(tmp_path)!r}, 1, {{"config": asdict(Config()), "x": torch.ones(3)}})
+def half(state, name):
+    open(name, "wb").write(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+save_state({str(tmp_path)!r}, 2, {{"config": asdict(Config()), "x": torch.zeros(3)}})
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -signal.SIGKILL
+    loaded = train.load_state(tmp_path, build("tiny", {}))
+    assert loaded["step"] == 1 and loaded["x"].sum() == 3
+
+
+def test_two_processes_equal_one(nets, tmp_path):
+    """gloo, half the batch each: the same rollouts, rewards, weights, gradients as one process with all of it."""
+    for processes in (1, 2):
+        more = ("--steps=2", "--weight=softmax", "--group=2")
+        done = call(nets, tmp_path / str(processes), *more, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    for a, b in zip(one, two, strict=True):
+        for key in ("dmd", "critic", "VQ", "MQ", "TA", "w_inter", "ess", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), key
+    a, b = state(tmp_path / "1", 2)["student"], state(tmp_path / "2", 2)["student"]
+    gap = torch.cat([(a[k] - b[k]).abs().flatten() for k in a]).mean()
+    # Adam with beta1 = 0 turns the sign of a vanishing gradient into a whole step of lr = 2e-4: hence the mean
+    assert gap < 5e-6
+
+
+def test_sigterm_saves_and_exits_0(nets, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(nets, tmp_path, "--steps=100000", "--save_every=100000"), cwd=ROOT, env=env,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    for _ in range(1200):
+        if (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume goes on" in out
+    assert len(list(tmp_path.glob("step_*.pt"))) == 1
+
+
+def in_process(monkeypatch, module, *argv):
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *argv])
+    cli(module.main)
+
+
+def test_default_run_leaves_pictures_and_a_student(nets, tmp_path, monkeypatch, capsys):
+    in_process(monkeypatch, train, f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--steps=1")
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"before.png", "after.png", "student.safetensors", "config.json", "metrics.jsonl"} <= names
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_accumulation_equals_one_batch(nets, tmp_path, monkeypatch):
+    """Two micro-batches of two = one batch of four (plain DMD, where no weight looks across the batch)."""
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        in_process(monkeypatch, train, f"--nets={nets}", f"--out={out}", *KEYS, "--steps=1",
+                   "--method=self_forcing", f"--accumulate={n}")  # fmt: skip
+    one, two = metrics(tmp_path / "1")[0], metrics(tmp_path / "2")[0]
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+    assert one["critic"] == pytest.approx(two["critic"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["self_forcing", "reward_forcing", "diagonal"])
+def test_every_method_takes_a_step(nets, tmp_path, monkeypatch, method):
+    argv = (f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--steps=1", f"--method={method}")
+    in_process(monkeypatch, train, *argv)
+    assert metrics(tmp_path)[0]["grad_norm"] > 0
+
+
+def test_non_finite_samples_are_counted_and_stop_the_run(nets, tmp_path, monkeypatch):
+    """A teacher that answers NaN: no weight moves, every sample is counted, the run stops with its checkpoint."""
+    argv = (f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--method=self_forcing", "--save_every=1")
+    in_process(monkeypatch, train, *argv, "--steps=1")
+    good = state(tmp_path, 1)
+    real = train.dmd_gradient
+
+    def poisoned(*args):
+        g, finite = real(*args)
+        return g * 0, finite & False
+
+    monkeypatch.setattr(train, "dmd_gradient", poisoned)
+    monkeypatch.setattr(train, "update_critic", lambda *a: {"critic": 0.0})
+    with pytest.raises(SystemExit) as stopped:
+        in_process(monkeypatch, train, *argv, "--steps=50", "--max_bad=3", "--save_every=100", "--resume")
+    assert "non-finite" in str(stopped.value)
+    assert [m["dropped"] for m in metrics(tmp_path)[1:]] == [4.0, 4.0]
+    assert_close(state(tmp_path, 1)["student"], good["student"], rtol=0, atol=0)
+
+
+BAD = {
+    "preset": (["huge"], "huge"),
+    "key": (["--stepz=3"], "--steps"),
+    "method": (["--method=gan"], "stream_r1"),
+    "type": (["--lr=fast"], "lr"),
+    "negative": (["--batch=-2"], "batch"),
+    "indivisible": (["--frames=15"], "multiple"),
+    "nets": (["--nets=nowhere"], "nowhere"),
+    "other config": (["--channels=8"], "channels"),
+    "out": (["--out=/proc/nothing"], "--out"),
+    "data": (["--data=/nowhere"], "metadata"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(nets, tmp_path, monkeypatch, capsys, name):
+    argv, needle = BAD[name]
+    first = argv if name == "preset" else []
+    rest = [] if name == "preset" else argv
+    with pytest.raises(SystemExit) as stopped:
+        in_process(monkeypatch, train, *first, f"--nets={nets}", f"--out={tmp_path}", *KEYS, *rest)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(error.splitlines()) == 1 and needle in error, error
+
+
+def test_world_size_must_divide_the_batch(nets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as stopped:
+        in_process(monkeypatch, train, f"--nets={nets}", f"--out={tmp_path}", *KEYS)
+    assert stopped.value.code == 2 and "3 processes" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_another_config(nets, tmp_path, monkeypatch, capsys):
+    argv = (f"--nets={nets}", f"--out={tmp_path}", *KEYS)
+    in_process(monkeypatch, train, *argv, "--steps=1")
+    with pytest.raises(SystemExit) as stopped:
+        in_process(monkeypatch, train, *argv, "--steps=2", "--beta=1.5", "--resume")
+    assert stopped.value.code == 2 and "beta=0.5" in capsys.readouterr().err
