@@ -37,6 +37,7 @@ from data import (
     tokenize,
 )
 from model import VideoDiT
+from processes import pick_device
 from rollout import rollout, sample_teacher
 
 ACCURACIES = ("colour", "shape", "direction", "speed")
@@ -228,7 +229,7 @@ def score(net: VideoDiT, codec: Codec, cfg: Config, flags: Flags, how: str) -> d
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """(noises clips) → mean and half a 95 % interval over prompts: noises of one prompt are not independent."""
+    """(noises clips) → mean, half a 95 % interval over prompts: one prompt's noises are not independent."""
     per_prompt = values.nanmean(0)
     per_prompt = per_prompt[per_prompt.isfinite()]
     return float(per_prompt.mean()), float(1.96 * per_prompt.std() / len(per_prompt) ** 0.5)
@@ -236,7 +237,7 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(cfg)
     nets = Path(flags.nets or f"assets/{cfg.preset}")
     jobs = [("teacher", "teacher", "teacher"), ("causal start", "causal", "within")]
     jobs += [("stream_r1", "stream_r1", "within"), ("stream_r1, 4x length", "stream_r1", "beyond")]

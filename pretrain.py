@@ -24,7 +24,7 @@ from checkpoint import load_state, load_weights, save_state, save_weights, stop_
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
 from corrupt import worse_looks, worse_motion, wrong_words
-from data import World, randn, rng_for, source_of, tokenize
+from data import randn, rng_for, source_of, tokenize
 from model import VideoDiT, add_noise, shift_time, teacher_forcing
 from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
@@ -196,7 +196,8 @@ def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     generator makes.
     """
     codec = load_weights(Path(flags.out) / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
-    rivals = rival_clips(cfg, codec, flags)
+    source = source_of(cfg)  # whole captions: a wrong speed cannot be seen where none is named
+    rivals = rival_clips(cfg, codec, source, flags)
     torch.manual_seed(cfg.seed)
 
     def loss_of(net, step):
@@ -205,19 +206,19 @@ def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
         batch = source.batch(own, torch.arange(2 * cfg.pixel_frames))
         with torch.no_grad():
             long01 = codec.decode(codec.encode(batch.video01.to(cfg.device))).float().cpu()
-        good, bad, captions = pairs(long01, batch.words, rngs)
+        good, bad, captions = pairs(long01, batch.words, rngs, bool(cfg.data))
         text = torch.stack([tokenize(c, cfg.text_length, cfg.text_width) for c in captions]).to(cfg.device)
         pick = torch.randint(len(rivals[0]), (stage.batch // 2,), generator=rngs[0])
         video01 = torch.cat([good, *bad, rivals[0][pick]]).to(cfg.device)
         return bradley_terry(net, video01, text, rivals[1][pick].to(cfg.device))
 
     net = learn(stage, RewardModel(cfg).to(cfg.device), loss_of, cfg, flags)
-    report_reward(net, cfg, codec, flags)
+    report_reward(net, cfg, codec)
     return net
 
 
 def pairs(
-    long01: Tensor, words: list[list[str]], rngs: list
+    long01: Tensor, words: list[list[str]], rngs: list, free: bool
 ) -> tuple[Tensor, list[Tensor], list[list[list[str]]]]:
     """(b 2F 3 H W) → good clips (b F 3 H W), [worse looks, worse motion], captions [right, wrong, wrong,
     wrong]."""
@@ -225,7 +226,10 @@ def pairs(
     good = long01[:, :frames]
     looks = torch.stack([worse_looks(x, g) for x, g in zip(good, rngs, strict=True)])
     motion = torch.stack([worse_motion(x, g) for x, g in zip(long01, rngs, strict=True)])
-    wrong = [[wrong_words(w, g) for w, g in zip(words, rngs, strict=True)] for _ in range(3)]
+    if free:  # captions of real clips have no grammar: somebody else's caption is the wrong one
+        wrong = [words[i:] + words[:i] for i in (1, 2, 3)]
+    else:
+        wrong = [[wrong_words(w, g) for w, g in zip(words, rngs, strict=True)] for _ in range(3)]
     return good, [looks, motion], [words, *wrong]
 
 
@@ -246,7 +250,7 @@ def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: T
 
 
 @torch.no_grad()
-def rival_clips(cfg: Config, codec: Codec, flags: Flags, count: int = 256) -> tuple[Tensor, Tensor]:
+def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 256) -> tuple[Tensor, Tensor]:
     """Clips of the teacher, the causal start and --rivals, `count` each → video01 (n F 3 H W), text (n l
     e)."""
     nets = [(Path(flags.out) / f"{kind}.safetensors", kind) for kind in ("teacher", "causal")]
@@ -254,7 +258,7 @@ def rival_clips(cfg: Config, codec: Codec, flags: Flags, count: int = 256) -> tu
     videos, texts = [], []
     for path, kind in nets:
         net = load_weights(path, VideoDiT(cfg), cfg, kind).to(cfg.device)
-        words = World(cfg).captions([(cfg.seed, "rival", kind, i) for i in range(count)])
+        words = source.captions([(cfg.seed, "rival", kind, i) for i in range(count)])
         text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
         for i in tqdm(range(0, count, 32), desc=f"clips of {path.name}"):
             rngs = [rng_for(cfg.seed, "rival", i + j) for j in range(32)]
@@ -265,19 +269,17 @@ def rival_clips(cfg: Config, codec: Codec, flags: Flags, count: int = 256) -> tu
 
 
 @torch.no_grad()
-def report_reward(
-    net: RewardModel, cfg: Config, codec: Codec, flags: Flags, count: int = 256
-) -> dict[str, float]:
+def report_reward(net: RewardModel, cfg: Config, codec: Codec, count: int = 256) -> dict[str, float]:
     """Put scores on a scale with mean 0 and unit spread over good and damaged clips; print held-out pair
     accuracy."""
     rngs = [rng_for("report", i) for i in range(count)]
-    batch = World(cfg, "select").batch(
+    batch = source_of(cfg, "select").batch(
         [("report", i) for i in range(count)], torch.arange(2 * cfg.pixel_frames)
     )
     long01 = torch.cat(
         [codec.decode(codec.encode(v.to(cfg.device))).float().cpu() for v in batch.video01.split(32)]
     )
-    good, (looks, motion), captions = pairs(long01, batch.words, rngs)
+    good, (looks, motion), captions = pairs(long01, batch.words, rngs, bool(cfg.data))
     text = [tokenize(c, cfg.text_length, cfg.text_width).to(cfg.device) for c in captions]
     net.mean.zero_(), net.std.fill_(1)
     held = [(good, text[0]), (looks, text[0]), (motion, text[0]), (good, text[1])]
@@ -292,14 +294,41 @@ def report_reward(
     return wins
 
 
+@torch.no_grad()
+def show(name: str, net: nn.Module, cfg: Config, source, out: Path) -> None:
+    """A contact sheet of what the stage has learnt: reconstructions, samples, or scored clips."""
+    batch = source.batch([("show", i) for i in range(6)], torch.arange(2 * cfg.pixel_frames))
+    good, text = batch.video01[:, : cfg.pixel_frames], tokenize(batch.words, cfg.text_length, cfg.text_width)
+    if name == "codec":
+        decoded = net.decode(net.encode(good.to(cfg.device))).cpu()
+        rows = {
+            k: v for i, p in enumerate(batch.prompts) for k, v in ((p, good[i]), (f"decoded {i}", decoded[i]))
+        }
+    elif name == "reward":
+        looks = torch.stack([worse_looks(x, rng_for("show", i)) for i, x in enumerate(good)])
+        motion = torch.stack([worse_motion(x, rng_for("show", i)) for i, x in enumerate(batch.video01)])
+        clips = {"": good, "worse looks: ": looks, "worse motion: ": motion}
+        scores = {k: net(v.to(cfg.device), text.to(cfg.device)) for k, v in clips.items()}
+        rows = {k + p + "   " + " ".join(f"{a} {r:+.2f}" for a, r in zip(AXES, scores[k][i], strict=True)): v[i]
+                for i, p in enumerate(batch.prompts) for k, v in clips.items()}  # fmt: skip
+    else:
+        codec = load_weights(out / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
+        sampler = sample_teacher if name == "teacher" else rollout
+        x = sampler(net, text.to(cfg.device), cfg, [rng_for("show", i) for i in range(6)])
+        rows = dict(zip(batch.prompts, codec.decode(x), strict=True))
+    contact_sheet(out / f"{name}.png", rows)
+
+
 TRAINERS = {"codec": train_codec, "teacher": train_teacher, "causal": train_causal, "reward": train_reward}
 
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
-    cfg = replace(
-        cfg, device=cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    cfg = replace(cfg, device=pick_device(cfg))
+    if min(flags.steps, flags.batch, flags.lr) < 0:
+        raise BadInput(
+            f"steps={flags.steps} batch={flags.batch} lr={flags.lr} is not possible; allowed: from 0"
+        )
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
     out = writable_folder(flags.out)
@@ -311,9 +340,11 @@ def main() -> None:
         start = time.perf_counter()
         net = TRAINERS[name](cfg, stage, source, flags)
         minutes = (time.perf_counter() - start) / 60
-        save_weights(out / f"{name}.safetensors", net, cfg, name, steps=stage.steps, minutes=f"{minutes:.1f}",
-                     command=" ".join(sys.argv))  # fmt: skip
-        print(f"{name}: {minutes:.1f} min → {out / name}.safetensors", flush=True)
+        facts = {"steps": stage.steps, "minutes": f"{minutes:.1f}", "command": " ".join(sys.argv)}
+        facts["vocabulary"] = " ".join(source.vocabulary)
+        save_weights(out / f"{name}.safetensors", net, cfg, name, **facts)
+        show(name, net, cfg, source, out)
+        print(f"{name}: {minutes:.1f} min → {out / name}.safetensors and .png", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from config import BadInput, Config
 
 
 def start(cfg: Config) -> tuple[int, int, str]:
-    """torchrun's environment, if any → rank, world size, device; gloo on CPUs, NCCL on GPUs. Raises BadInput."""
+    """torchrun's environment, if any → rank, world size, device. gloo or NCCL. Raises BadInput."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch % (world * cfg.accumulate * cfg.group):
         allowed = f"multiples of {world * cfg.accumulate * cfg.group} (processes x accumulate x group)"

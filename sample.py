@@ -27,6 +27,7 @@ from config import PRESETS, BadInput, Config, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
 from model import VideoDiT
 from plot import contact_sheet, to_uint8
+from processes import pick_device
 from rollout import stream
 
 FORMATS = (".mp4", ".gif", ".webp")
@@ -106,9 +107,7 @@ def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config
             raise BadInput(f"steps={steps} is not possible; allowed: 1 or more")
         typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
     cfg = replace(made, **({"device": "auto", "bf16": False} | typed))
-    return (
-        replace(cfg, device="cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg
-    )
+    return replace(cfg, device=pick_device(cfg))
 
 
 def check_output(flags: Flags) -> Path:
