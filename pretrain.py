@@ -26,6 +26,8 @@ from config import BadInput, Config, cli, from_cli
 from corrupt import worse_looks, worse_motion, wrong_words
 from data import randn, rng_for, source_of, tokenize
 from model import VideoDiT, add_noise, shift_time, teacher_forcing
+from plot import contact_sheet
+from processes import pick_device
 from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
 
@@ -301,9 +303,7 @@ def show(name: str, net: nn.Module, cfg: Config, source, out: Path) -> None:
     good, text = batch.video01[:, : cfg.pixel_frames], tokenize(batch.words, cfg.text_length, cfg.text_width)
     if name == "codec":
         decoded = net.decode(net.encode(good.to(cfg.device))).cpu()
-        rows = {
-            k: v for i, p in enumerate(batch.prompts) for k, v in ((p, good[i]), (f"decoded {i}", decoded[i]))
-        }
+        rows = dict(zip(batch.prompts, torch.cat([good, decoded], dim=3), strict=True))  # one above the other
     elif name == "reward":
         looks = torch.stack([worse_looks(x, rng_for("show", i)) for i, x in enumerate(good)])
         motion = torch.stack([worse_motion(x, rng_for("show", i)) for i, x in enumerate(batch.video01)])
