@@ -55,8 +55,8 @@ class Stage:
 
 STAGES = {
     "codec": Stage("codec", 4000, 96, 4e-3, "PSNR above 30 dB"),
-    "teacher": Stage("teacher", 16000, 24, 4e-3, "loss near 0.5"),
-    "causal": Stage("causal", 2500, 24, 1e-3, "loss near the teacher's"),
+    "teacher": Stage("teacher", 12500, 24, 4e-3, "loss near 0.45"),
+    "causal": Stage("causal", 1500, 24, 1e-3, "loss near the teacher's"),
     "reward": Stage("reward", 2500, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
 
@@ -309,8 +309,11 @@ def show(name: str, net: nn.Module, cfg: Config, source, out: Path) -> None:
         motion = torch.stack([worse_motion(x, rng_for("show", i)) for i, x in enumerate(batch.video01)])
         clips = {"": good, "worse looks: ": looks, "worse motion: ": motion}
         scores = {k: net(v.to(cfg.device), text.to(cfg.device)) for k, v in clips.items()}
-        rows = {k + p + "   " + " ".join(f"{a} {r:+.2f}" for a, r in zip(AXES, scores[k][i], strict=True)): v[i]
-                for i, p in enumerate(batch.prompts) for k, v in clips.items()}  # fmt: skip
+        rows = {}
+        for i, prompt in enumerate(batch.prompts):
+            for kind, video in clips.items():
+                axes = " ".join(f"{a} {r:+.2f}" for a, r in zip(AXES, scores[kind][i], strict=True))
+                rows[f"{kind}{prompt}   {axes}"] = video[i]
     else:
         codec = load_weights(out / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
         sampler = sample_teacher if name == "teacher" else rollout

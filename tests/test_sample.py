@@ -6,10 +6,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from test_train import nets  # noqa: F401  (a fixture)
 
 import sample
 from config import cli
-from test_train import nets  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
@@ -43,7 +43,9 @@ def test_mp4_plays_in_a_browser(call):
 
 
 def test_seed_repeats_exactly(call):
-    one, two, other = (frames_of(call(f"--seed={s}", "--frames=8", out=f"{i}.webp")) for i, s in enumerate((1, 1, 2)))
+    one, two, other = (
+        frames_of(call(f"--seed={s}", "--frames=8", out=f"{i}.webp")) for i, s in enumerate((1, 1, 2))
+    )
     assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 
@@ -51,7 +53,9 @@ def test_prompt_switch_keeps_what_was_before_it(call):
     """The same seed: equal until the switch, different after it."""
     first = ["--prompt", "a red circle moving left slowly on a black background"]
     plain = frames_of(call(*first, "--frames=16", out="a.webp"))
-    switched = frames_of(call(*first, "--prompt", "a blue ring still on white@8", "--frames=16", out="b.webp"))
+    switched = frames_of(
+        call(*first, "--prompt", "a blue ring still on white@8", "--frames=16", out="b.webp")
+    )
     assert np.array_equal(plain[:8], switched[:8]) and not np.array_equal(plain[8:], switched[8:])
 
 

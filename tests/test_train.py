@@ -39,6 +39,9 @@ def nets(tmp_path_factory) -> Path:
     return folder
 
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def command(nets, out, *more, processes=1):
     head = [sys.executable]
     if processes > 1:
@@ -47,10 +50,8 @@ def command(nets, out, *more, processes=1):
 
 
 def call(nets, out, *more, processes=1):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(nets, out, *more, processes=processes), cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=170)  # fmt: skip
-    return done
+    words = command(nets, out, *more, processes=processes)
+    return subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=170)
 
 
 def state(folder, step):
@@ -62,13 +63,12 @@ def metrics(folder):
 
 
 def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
-    """SIGKILL in the middle of a step; the resumed run ends in the same bits: weights, optimizers, balancer."""
+    """SIGKILL in the middle of a step; the resumed run ends in the same bits."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert call(nets, whole, "--steps=6", "--save_every=6").returncode == 0
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     # many steps, saved one by one, so that the kill lands inside one of them
     cmd = command(nets, parts, "--steps=6", "--save_every=1")
-    process = subprocess.Popen(cmd, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(cmd, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(1200):
         if (parts / "step_000003.pt").exists():
             break
@@ -87,7 +87,7 @@ def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
 
 
 def test_death_while_saving_leaves_the_last_checkpoint(tmp_path):
-    """Killed after half of the bytes are written: the old checkpoint is still the newest one, and readable."""
+    """Killed with half of the bytes written: the old checkpoint is still the newest, and readable."""
     script = f"""
 import os, signal, torch
 from dataclasses import asdict
@@ -106,7 +106,7 @@ save_state({str(tmp_path)!r}, 2, {{"config": asdict(Config()), "x": torch.zeros(
 
 
 def test_two_processes_equal_one(nets, tmp_path):
-    """gloo, half the batch each: the same rollouts, rewards, weights, gradients as one process with all of it."""
+    """gloo, half the batch each: the same rollouts, rewards and gradients as one process with all of it."""
     for processes in (1, 2):
         more = ("--steps=2", "--weight=softmax", "--group=2")
         done = call(nets, tmp_path / str(processes), *more, processes=processes)
@@ -117,14 +117,14 @@ def test_two_processes_equal_one(nets, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), key
     a, b = state(tmp_path / "1", 2)["student"], state(tmp_path / "2", 2)["student"]
     gap = torch.cat([(a[k] - b[k]).abs().flatten() for k in a]).mean()
-    # Adam with beta1 = 0 turns the sign of a vanishing gradient into a whole step of lr = 2e-4: hence the mean
+    # with beta1 = 0 Adam turns the sign of a vanishing gradient into a whole step of 2e-4: hence the mean
     assert gap < 5e-6
 
 
 def test_sigterm_saves_and_exits_0(nets, tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(nets, tmp_path, "--steps=100000", "--save_every=100000"), cwd=ROOT, env=env,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    words = command(nets, tmp_path, "--steps=100000", "--save_every=100000")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(words, cwd=ROOT, env=ENV, **pipes)
     for _ in range(1200):
         if (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
             break
@@ -166,7 +166,7 @@ def test_every_method_takes_a_step(nets, tmp_path, monkeypatch, method):
 
 
 def test_non_finite_samples_are_counted_and_stop_the_run(nets, tmp_path, monkeypatch):
-    """A teacher that answers NaN: no weight moves, every sample is counted, the run stops with its checkpoint."""
+    """No finite sample: no weight moves, all are counted, the run stops, its checkpoint stays."""
     argv = (f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--method=self_forcing", "--save_every=1")
     in_process(monkeypatch, train, *argv, "--steps=1")
     good = state(tmp_path, 1)
