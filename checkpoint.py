@@ -30,8 +30,7 @@ _NETWORK = (
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Run `write` on a temporary name beside `path`, flush it to the disk, then rename: a reader sees all or
-    nothing."""
+    """Run `write` on a temporary name beside `path`, flush, rename: a reader sees all or nothing."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -57,8 +56,7 @@ def writable_folder(path: str) -> Path:
 
 
 def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) -> None:
-    """Weights to exchange: fp16 safetensors with the config and any `facts` (step, command, scores) in the
-    header."""
+    """Weights to exchange: fp16 safetensors, the config and any `facts` (step, scores) in the header."""
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
@@ -80,8 +78,7 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Module:
-    """Load fp16 safetensors into `net` → net, in evaluation mode. Raises BadInput when the file does not
-    belong to it."""
+    """fp16 safetensors → net, in evaluation mode. Raises BadInput when the file does not belong to it."""
     header = read_header(path)
     if header["kind"] != kind:
         raise BadInput(f"{path} holds a {header['kind']}; a {kind} is needed here")

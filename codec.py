@@ -55,8 +55,7 @@ class Codec(nn.Module):
         return rearrange(z, "(b f) c h w -> b f c h w", b=len(video01))
 
     def decode(self, x: Tensor) -> Tensor:
-        """(b F c h w) → (b F 3 H W), clamped to [0, 1]. Any number of frames: streaming decode is this, chunk
-        by chunk."""
+        """(b F c h w) → (b F 3 H W) in [0, 1]. Frame by frame, so a stream decodes chunk by chunk."""
         return self._decode(x).clamp(0, 1)
 
     def _decode(self, x: Tensor) -> Tensor:
@@ -64,7 +63,6 @@ class Codec(nn.Module):
         return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(x)) / 2 + 0.5
 
     def loss(self, video01: Tensor, noise: Tensor) -> Tensor:
-        """Reconstruction through a noised latent: squared error plus a little absolute error, for sharp
-        edges."""
+        """Reconstruction through a noised latent: squared error plus a little absolute error."""
         out = self._decode(self.encode(video01) + self.noise * noise)
         return F.mse_loss(out, video01) + 0.1 * F.l1_loss(out, video01)

@@ -46,8 +46,7 @@ def worse_looks(video01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
 
 
 def worse_motion(long01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor:
-    """(2F 3 H W) in [0, 1] → F frames whose pictures are fine and whose motion is not. The good clip is
-    long01[:F]."""
+    """(2F 3 H W) in [0, 1] → F frames, each of them fine, that move badly; long01[:F] moves well."""
     frames = len(long01) // 2
     kind = kind or MOTION[_choice(rng, len(MOTION))]
     time = torch.arange(frames)

@@ -55,16 +55,14 @@ WEAVE, TURN = 0.35, 0.125  # sideways speed as a share of forward speed; chance 
 
 
 def rng_for(*key: int | str) -> torch.Generator:
-    """A generator that depends on (seed, purpose, step, sample, ...) and on nothing else: resume needs no RNG
-    state."""
+    """A generator that depends on (seed, purpose, step, sample, ...) alone: resume needs no RNG state."""
     words = [int.from_bytes(k.encode(), "little") if isinstance(k, str) else k for k in key]
     state = np.random.SeedSequence(words).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 def randn(rngs: list[torch.Generator], *shape: int, device=None) -> Tensor:
-    """Standard normal noise (b *shape), sample i from generator i, so that it does not depend on the batch it
-    is in."""
+    """Standard normal noise (b *shape), sample i from generator i, whatever batch it is in."""
     return torch.stack([torch.randn(shape, generator=g) for g in rngs]).to(device)
 
 
@@ -157,8 +155,7 @@ class Batch:
 
 
 def shape_alpha(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Coverage in [0, 1] of shape number `shape` at offsets (dx, dy) from its centre; all broadcast.
-    Pixels."""
+    """Coverage in [0, 1] of shape number `shape` at offsets (dx, dy) in pixels from its centre."""
     far = (dx.square() + dy.square() + 1e-9).sqrt()
     ax, ay = dx.abs(), dy.abs()
     if SHAPES[shape] == "circle":
@@ -176,8 +173,7 @@ def shape_alpha(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
 
 
 class World:
-    """`World(cfg).batch(keys)` draws captioned clips. `split`: train | select | test hold disjoint
-    captions."""
+    """`World(cfg).batch(keys)` draws clips. `split`: train | select | test have disjoint captions."""
 
     vocabulary = VOCABULARY
 
@@ -186,8 +182,7 @@ class World:
         self.scale = min(cfg.height, cfg.width) / 32
 
     def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
-        """One clip per key (any tuple of ints and words). `times` (F,) or (b F): frames to show; default 0,
-        1, 2, ..."""
+        """One clip per key (a tuple of ints and words). `times` (F,) or (b F): frames to show, from 0."""
         if times is None:
             times = torch.arange(self.cfg.pixel_frames)
         rngs = [rng_for("world", self.split, *key) for key in keys]
@@ -203,13 +198,11 @@ class World:
         return Batch(self.render(meanings, position, radius), [caption(m) for m in shown], shown, position)
 
     def captions(self, keys: list[tuple]) -> list[list[str]]:
-        """Words for `tokenize`, one caption per key, as `batch` would draw them, without drawing the
-        clips."""
+        """Words for `tokenize`, one caption per key: those `batch` would draw."""
         return [self.meaning(rng_for("world", self.split, *key)) for key in keys]
 
     def meaning(self, rng: torch.Generator) -> list[str]:
-        """Draw a scene that belongs to this split; the split is a hash of the caption, so it is the same for
-        ever."""
+        """Draw a scene of this split. The split is a hash of the caption, the same for ever."""
         while True:
             colours = torch.randperm(len(COLOURS), generator=rng)
             words = []
@@ -228,8 +221,7 @@ class World:
                 for i, (w, k) in enumerate(zip(meaning, keep, strict=True))]  # fmt: skip
 
     def _move(self, meaning: list[str], rng: torch.Generator, frames: int) -> Tensor:
-        """Positions (objects frames 2): uniform start, constant forward speed, sideways speed a random
-        telegraph."""
+        """(objects frames 2): uniform start, constant forward speed, sideways a random telegraph."""
         canvas = torch.tensor([self.cfg.width, self.cfg.height])
         paths = []
         for i in range(self.cfg.objects):
@@ -274,8 +266,7 @@ def split_of(meaning: list[str]) -> str:
 
 
 def read_clip(path: Path, cfg: Config) -> Tensor:
-    """A clip or a picture → bytes (F 3 H W) at cfg.fps, cut to the canvas' shape around the centre. Raises
-    BadInput."""
+    """A clip or a picture → bytes (F 3 H W) at cfg.fps, cut around the centre. Raises BadInput."""
     path = Path(path)
     still = path.suffix.lower() in (".gif", ".webp", ".png", ".jpg", ".jpeg", ".bmp")
     try:

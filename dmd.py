@@ -30,8 +30,7 @@ def sample_t(rngs: list[torch.Generator], cfg: Config, device=None) -> Tensor:
 
 
 def guided_x0(net, xt: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
-    """The teacher's clean estimate (b f c h w), u + guidance (c - u), in fp32. `null` is the empty prompt's
-    text."""
+    """The teacher's clean estimate (b f c h w), u + guidance (c - u), fp32; `null`: no prompt's text."""
     if guidance == 1:
         return to_x0(net(xt, t, text)[0].float(), xt, t)
     both = net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([text, null.expand_as(text)]))[0].float()
@@ -79,8 +78,7 @@ def dmd_loss(x: Tensor, g: Tensor, w: Tensor | float = 1.0) -> Tensor:
 
 
 def critic_loss(critic, x: Tensor, text: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Flow matching on the student's own clip x (b f c h w), without gradient to it: a scalar per sample
-    (b,)."""
+    """Flow matching on the student's own clip x (b f c h w), no gradient to it → per sample (b,)."""
     x = x.detach()
     v, _ = critic(add_noise(x, noise, t), t, text)
     return (v - (noise - x)).square().mean(dim=(1, 2, 3, 4))

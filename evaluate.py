@@ -48,8 +48,7 @@ _QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
 
 
 def measure(video01: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """video01 (b F 3 H W) in [0, 1], one prompt each → {measure: (b,)}. Frames as many as you like, at least
-    4."""
+    """video01 (b F 3 H W) in [0, 1], F >= 4, and a prompt for each → {measure: (b,)}."""
     clips = []
     for clip, prompt in zip(video01.float().cpu(), prompts, strict=True):
         things = len(prompt.lower().split(" and "))
@@ -147,8 +146,7 @@ def _direction(velocity: Tensor) -> str:
 
 
 def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
-    """The shape whose rendering at the measured centre overlaps most (soft IoU), at its best size, over all
-    frames."""
+    """The shape whose rendering at the measured centre overlaps most, soft IoU over all frames."""
     h, w = alpha.shape[-2:]
     radii = torch.linspace(RADIUS[0] - 0.5, RADIUS[1] + 0.5, 6) * scale
     xs, ys = torch.arange(w) + 0.5, torch.arange(h) + 0.5

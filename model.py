@@ -50,8 +50,7 @@ def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
 
 
 class Rope(nn.Module):
-    """3-D rotary positions: the head's width is split over time, rows and columns as Wan does (44, 42, 42 of
-    128)."""
+    """3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128)."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -86,8 +85,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> Tensor:
-    """(f f) bool, row sees column: own chunk and the past, of it the last `window` - 1 chunks and the first
-    `sink`."""
+    """(f f) bool, row sees column: own chunk, the past, of it the last window - 1 and first sink."""
     block = torch.arange(frames) // chunk
     query, key = block[:, None], block[None, :]
     near = key > query - window + sink if window else torch.ones(frames, frames, dtype=torch.bool)
@@ -95,8 +93,7 @@ def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> Ten
 
 
 def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Mask (2f 2f) and positions (2f) for the sequence [clean | noisy]: a noisy chunk sees itself and the
-    clean past."""
+    """Mask (2f 2f), positions (2f) for [clean | noisy]: a noisy chunk sees itself and the clean past."""
     block = torch.arange(frames) // chunk
     own, past = block[:, None] == block, block[:, None] > block
     mask = torch.cat([torch.cat([own | past, torch.zeros_like(own)], 1), torch.cat([past, own], 1)])
@@ -130,8 +127,7 @@ class ListCache:
         return (self.keys[layer], self.values[layer], None) if self.chunks else None
 
     def commit(self, kv: KV) -> None:
-        """Remember a clean chunk; when the window is full the oldest one leaves, into the sink if it is an
-        EMA."""
+        """Remember a chunk. When the window is full the oldest leaves, into the sink if that is an EMA."""
         cfg = self.cfg
         self.chunks.append(kv if cfg.kv_grad else [(k.detach(), v.detach()) for k, v in kv])
         if len(self.chunks) > cfg.cached_chunks:
@@ -255,8 +251,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
 
     def forward(self, x, angles, past=None, mask=None):
-        """x (b n a*d); past: keys, values and their mask → output (b n a*d), own (keys before RoPE,
-        values)."""
+        """x (b n a*d); past: keys, values, mask → output (b n a*d), own keys before RoPE and values."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
         q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
         k, own = rotate(k, angles), (k, v)
@@ -269,8 +264,7 @@ class SelfAttention(nn.Module):
 
 class CrossAttention(SelfAttention):
     def forward(self, x, context):
-        """x (b n a*d), context (b l a*d) → (b n a*d). Text has no positions; padding is attended to, as in
-        Wan."""
+        """x (b n a*d), context (b l a*d) → (b n a*d). No positions; padding is attended to, as in Wan."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
         return self.o(_attend(q, k, v, None))

@@ -84,8 +84,7 @@ def heat(x: Tensor) -> Tensor:
 
 
 def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardModel, cfg: Config) -> None:
-    """One clip (1 F 3 H W): its frames, |∂r/∂pixel| per axis, the fused map on the latent grid, and the two
-    factors."""
+    """One clip (1 F 3 H W): frames, |∂r/∂pixel| per axis, the fused latent map, its two factors."""
     scores, pixels = reward_saliency(reward, video01, text)
     cells = to_latent_grid(pixels, *cfg.latent_shape[1:], cfg.time_stride)
     fused = fuse_axes(cells, scores, cfg.fuse_temperature)

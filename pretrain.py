@@ -1,6 +1,6 @@
 """What distillation starts from, made from nothing: codec, bidirectional teacher, causal start, reward model.
 
-    python pretrain.py                          # all four stages, tiny preset
+    python pretrain.py                          # the four stages train.py needs, tiny preset
     python pretrain.py tiny --stage=teacher     # one stage
     python pretrain.py tiny --data=clips        # a folder of captioned clips instead of the procedural world
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from codec import Codec
 from config import BadInput, Config, cli, from_cli
 from corrupt import worse_looks, worse_motion, wrong_words
 from data import randn, rng_for, source_of, tokenize
-from model import VideoDiT, add_noise, shift_time, teacher_forcing
+from model import VideoDiT, add_noise, shift_time, teacher_forcing, to_x0
 from plot import contact_sheet
 from processes import pick_device
 from reward import AXES, RewardModel
@@ -34,7 +34,7 @@ from rollout import rollout, sample_teacher
 
 @dataclass(frozen=True)
 class Flags:
-    stage: str = "all"  # codec | teacher | causal | reward | all
+    stage: str = "all"  # codec | teacher | causal | consistency (optional) | reward | all
     out: str = "out/pretrain"
     rivals: str = ""  # students whose clips the reward model learns to put below real ones, comma-separated
     resume: bool = False
@@ -56,16 +56,14 @@ class Stage:
 STAGES = {
     "codec": Stage("codec", 4000, 96, 4e-3, "PSNR above 30 dB"),
     "teacher": Stage("teacher", 12500, 24, 4e-3, "loss near 0.45"),
-    "causal": Stage("causal", 1500, 24, 1e-3, "loss near the teacher's"),
+    "causal": Stage("causal", 1200, 16, 1e-3, "loss near the teacher's"),
+    "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
     "reward": Stage("reward", 2500, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
 
 
-def learn(
-    stage: Stage, net: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], cfg: Config, flags: Flags
-):
-    """Minimise loss_of(net, step) with AdamW: warm-up, constant, linear decay over the last 40 % → averaged
-    weights."""
+def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: Flags):
+    """Minimise loss_of(net, averaged, step): warm-up, constant, linear decay over the last 40 %."""
     folder = writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
     opts = optimizers(net, stage.lr)
@@ -84,7 +82,7 @@ def learn(
         for opt in opts:
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * min(1.0, warm, left)
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-            loss = loss_of(net, step)
+            loss = loss_of(net, averaged.module, step)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for opt in opts:
@@ -117,6 +115,11 @@ def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return opts
 
 
+def made(kind: str, net: nn.Module, cfg: Config, flags: Flags) -> nn.Module:
+    """What an earlier stage has left."""
+    return load_weights(Path(flags.out) / f"{kind}.safetensors", net, cfg, kind).to(cfg.device)
+
+
 def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
     return [(cfg.seed, stage.name, step, i) for i in range(stage.batch)]
 
@@ -126,7 +129,7 @@ def train_codec(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     torch.manual_seed(cfg.seed)
     net = Codec(cfg)
 
-    def loss_of(net, step):
+    def loss_of(net, averaged, step):
         video = source.batch(keys(cfg, stage, step), torch.zeros(1, dtype=torch.long)).video01
         noise = torch.randn(
             len(video), 1, *cfg.latent_shape, generator=rng_for(cfg.seed, "codec noise", step)
@@ -137,8 +140,7 @@ def train_codec(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 
 
 def noisy_batch(cfg: Config, stage: Stage, step: int, source, codec, times=None):
-    """Latents (b f c h w) of fresh clips, noise of that shape, and text (b l e) that is dropped from one clip
-    in ten."""
+    """Latents (b f c h w) of fresh clips, their noise, and text (b l e), dropped from one in ten."""
     batch = source.batch(keys(cfg, stage, step), times)
     with torch.no_grad():
         x = codec.encode(batch.video01.to(cfg.device)).float()
@@ -151,10 +153,10 @@ def noisy_batch(cfg: Config, stage: Stage, step: int, source, codec, times=None)
 
 def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip, warped towards noise."""
-    codec = load_weights(Path(flags.out) / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
+    codec = made("codec", Codec(cfg), cfg, flags)
     torch.manual_seed(cfg.seed)
 
-    def loss_of(net, step):
+    def loss_of(net, averaged, step):
         x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)
         u = torch.stack([torch.rand((), generator=g) for g in rngs]).to(cfg.device)
         t = repeat(shift_time(u, cfg.shift), "b -> b f", f=cfg.frames)
@@ -165,28 +167,58 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 
 
 def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
-    """Teacher forcing from the teacher's weights: a noisy chunk, with a time of its own, sees the clean past.
+    """Teacher forcing from the teacher's weights: a noisy chunk, with a time of its own, sees the clean past."""
+    codec = made("codec", Codec(cfg), cfg, flags)
+    net = made("teacher", VideoDiT(cfg), cfg, flags)
 
-    In half of the clips the first chunk lies further back, as a sink does once a stream has run for a while.
-    """
-    codec = load_weights(Path(flags.out) / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
-    net = load_weights(Path(flags.out) / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").to(cfg.device)
-    mask, positions = teacher_forcing(cfg.frames, cfg.chunk)
-
-    def loss_of(net, step):
-        rng = rng_for(cfg.seed, "gap", step)
-        gap = torch.randint(0, 4 * cfg.frames, (stage.batch, 1), generator=rng)
-        gap *= torch.rand(stage.batch, 1, generator=rng) < 0.5
-        first = cfg.pixel_frames * cfg.chunk // cfg.frames
-        times = torch.arange(cfg.pixel_frames)[None] + gap * (torch.arange(cfg.pixel_frames) >= first)
-        x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec, times)
+    def loss_of(net, averaged, step):
+        x, noise, text, rngs = forced_batch(cfg, stage, step, source, codec)
         u = torch.stack([torch.rand(cfg.chunks, generator=g) for g in rngs]).to(cfg.device)
         t = shift_time(u, cfg.shift).repeat_interleave(cfg.chunk, 1)
-        both = torch.cat([x, add_noise(x, noise, t)], dim=1)
-        v, _ = net(both, torch.cat([torch.zeros_like(t), t], dim=1), text, mask=mask, positions=positions)
-        return F.mse_loss(v[:, cfg.frames :], noise - x)
+        v = forced(net, x, add_noise(x, noise, t), t, text, cfg)
+        return F.mse_loss(v, noise - x)
 
     return learn(stage, net, loss_of, cfg, flags)
+
+
+def train_consistency(cfg: Config, stage: Stage, source, flags: Flags, levels: int = 48) -> nn.Module:
+    """Optional, after the causal start (Causal Forcing++): |x̂(x_t) - x̂_averaged(x_s)|², s one level below t.
+
+    x_s is one guided Euler step of the frozen causal start away, given the clean past; at s = 0 it is the target.
+    """
+    codec = made("codec", Codec(cfg), cfg, flags)
+    frozen, net = (made("causal", VideoDiT(cfg), cfg, flags) for _ in range(2))
+    grid = shift_time(torch.linspace(0, 1, levels + 1, device=cfg.device), cfg.shift)
+
+    def loss_of(net, averaged, step):
+        x, noise, text, rngs = forced_batch(cfg, stage, step, source, codec)
+        at = torch.stack([torch.randint(levels, (cfg.chunks,), generator=g) for g in rngs]).to(cfg.device)
+        s, t = (grid[at + i].repeat_interleave(cfg.chunk, 1) for i in (0, 1))
+        xt = add_noise(x, noise, t)
+        with torch.no_grad():
+            c, u = (forced(frozen, x, xt, t, words, cfg) for words in (text, torch.zeros_like(text)))
+            xs = xt + rearrange(s - t, "b f -> b f 1 1 1") * (u + cfg.guidance * (c - u))
+            target = to_x0(forced(averaged, x, xs, s, text, cfg), xs, s)
+        return F.mse_loss(to_x0(forced(net, x, xt, t, text, cfg), xt, t), target)
+
+    return learn(stage, net, loss_of, cfg, flags)
+
+
+def forced_batch(cfg: Config, stage: Stage, step: int, source, codec):
+    """A noisy batch; in half of its clips the first chunk lies further back, as a sink does later in a stream."""
+    rng = rng_for(cfg.seed, "gap", step)
+    gap = torch.randint(0, 4 * cfg.frames, (stage.batch, 1), generator=rng)
+    gap *= torch.rand(stage.batch, 1, generator=rng) < 0.5
+    times = torch.arange(cfg.pixel_frames)
+    first = 1 + (cfg.chunk - 1) * cfg.time_stride  # pixel frames of the first chunk
+    return noisy_batch(cfg, stage, step, source, codec, times + gap * (times >= first))
+
+
+def forced(net, x: Tensor, xt: Tensor, t: Tensor, text: Tensor, cfg: Config) -> Tensor:
+    """Velocity of the noisy chunks x_t (b f c h w) at t (b f), each given the clean chunks of x before it."""
+    mask, positions = teacher_forcing(cfg.frames, cfg.chunk)
+    both, times = torch.cat([x, xt], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)
+    return net(both, times, text, mask=mask, positions=positions)[0][:, cfg.frames :]
 
 
 def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
@@ -197,12 +229,12 @@ def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     Clips of the models themselves lose against real ones on every axis: a reward must not prefer what a
     generator makes.
     """
-    codec = load_weights(Path(flags.out) / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
+    codec = made("codec", Codec(cfg), cfg, flags)
     source = source_of(cfg)  # whole captions: a wrong speed cannot be seen where none is named
     rivals = rival_clips(cfg, codec, source, flags)
     torch.manual_seed(cfg.seed)
 
-    def loss_of(net, step):
+    def loss_of(net, averaged, step):
         own = keys(cfg, stage, step)
         rngs = [rng_for(*key, "damage") for key in own]
         batch = source.batch(own, torch.arange(2 * cfg.pixel_frames))
@@ -222,8 +254,7 @@ def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 def pairs(
     long01: Tensor, words: list[list[str]], rngs: list, free: bool
 ) -> tuple[Tensor, list[Tensor], list[list[list[str]]]]:
-    """(b 2F 3 H W) → good clips (b F 3 H W), [worse looks, worse motion], captions [right, wrong, wrong,
-    wrong]."""
+    """(b 2F 3 H W) → good (b F 3 H W), [worse looks, worse motion], captions [right, 3 x wrong]."""
     frames = long01.shape[1] // 2
     good = long01[:, :frames]
     looks = torch.stack([worse_looks(x, g) for x, g in zip(good, rngs, strict=True)])
@@ -236,8 +267,7 @@ def pairs(
 
 
 def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: Tensor) -> Tensor:
-    """video01: good, worse looks, worse motion (b each), rivals (b/2). text (4 b l e): right, then wrong. →
-    scalar."""
+    """video01: good, worse looks, worse motion (b each), rivals (b/2); text (4 b l e): right first."""
     b = text.shape[1]
     features = net.features(video01)
     good, looks, motion = (net.judge(features[i * b : (i + 1) * b], text[0]) for i in range(3))
@@ -253,8 +283,7 @@ def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: T
 
 @torch.no_grad()
 def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 256) -> tuple[Tensor, Tensor]:
-    """Clips of the teacher, the causal start and --rivals, `count` each → video01 (n F 3 H W), text (n l
-    e)."""
+    """`count` clips of teacher, causal start and --rivals → video01 (n F 3 H W), text (n l e)."""
     nets = [(Path(flags.out) / f"{kind}.safetensors", kind) for kind in ("teacher", "causal")]
     nets += [(Path(path), "student") for path in flags.rivals.split(",") if path]
     videos, texts = [], []
@@ -272,8 +301,7 @@ def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 25
 
 @torch.no_grad()
 def report_reward(net: RewardModel, cfg: Config, codec: Codec, count: int = 256) -> dict[str, float]:
-    """Put scores on a scale with mean 0 and unit spread over good and damaged clips; print held-out pair
-    accuracy."""
+    """Give scores mean 0 and unit spread over good and damaged clips; print held-out accuracy."""
     rngs = [rng_for("report", i) for i in range(count)]
     batch = source_of(cfg, "select").batch(
         [("report", i) for i in range(count)], torch.arange(2 * cfg.pixel_frames)
@@ -322,7 +350,11 @@ def show(name: str, net: nn.Module, cfg: Config, source, out: Path) -> None:
     contact_sheet(out / f"{name}.png", rows)
 
 
-TRAINERS = {"codec": train_codec, "teacher": train_teacher, "causal": train_causal, "reward": train_reward}
+TRAINERS = {
+    "codec": train_codec, "teacher": train_teacher, "causal": train_causal, "consistency": train_consistency,
+    "reward": train_reward,
+}  # fmt: skip
+NEEDED = ("codec", "teacher", "causal", "reward")  # what --stage=all makes
 
 
 def main() -> None:
@@ -336,7 +368,7 @@ def main() -> None:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
     out = writable_folder(flags.out)
     source = source_of(cfg, drop_words=0.1)
-    for name in STAGES if flags.stage == "all" else (flags.stage,):
+    for name in NEEDED if flags.stage == "all" else (flags.stage,):
         own = {k: getattr(flags, k) for k in ("steps", "batch", "lr") if getattr(flags, k)}
         stage = replace(STAGES[name], **own)
         print(f"{name}: {stage.steps} steps of {stage.batch} clips; expect {stage.expect}", flush=True)
@@ -345,7 +377,8 @@ def main() -> None:
         minutes = (time.perf_counter() - start) / 60
         facts = {"steps": stage.steps, "minutes": f"{minutes:.1f}", "command": " ".join(sys.argv)}
         facts["vocabulary"] = " ".join(source.vocabulary)
-        save_weights(out / f"{name}.safetensors", net, cfg, name, **facts)
+        kind = "causal" if name == "consistency" else name  # either can be where a student starts
+        save_weights(out / f"{name}.safetensors", net, cfg, kind, **facts)
         show(name, net, cfg, source, out)
         print(f"{name}: {minutes:.1f} min → {out / name}.safetensors and .png", flush=True)
 

@@ -128,6 +128,5 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
 
 
 def effective_share(w: Tensor) -> float:
-    """Effective sample size over sample size, (Σw)² / (n Σw²), in (0, 1]: near 1/n a single rollout drives
-    the step."""
+    """(Σw)² / (n Σw²) in (0, 1]: the effective share of a batch; 1/n = one rollout drives the step."""
     return float(w.sum().square() / (len(w) * w.square().sum()))

@@ -39,8 +39,7 @@ def step_grid(cfg: Config, chunk: int) -> tuple[float, ...]:
 
 
 def exit_step(cfg: Config, *key: int | str) -> int:
-    """Where a training rollout stops: one draw for all chunks and, since it depends on the key alone, all
-    processes."""
+    """Where a training rollout stops: one draw for all chunks, the same on every process."""
     longest = max(len(step_grid(cfg, k)) for k in range(cfg.chunks))
     return int(torch.randint(longest, (), generator=rng_for(cfg.seed, "exit", *key)))
 
@@ -55,8 +54,7 @@ def rollout_chunks(cfg: Config, *key: int | str) -> int:
 
 
 def denoise_chunk(student, x, text, cache, grid, rngs, exit=None, grad=False) -> tuple[Tensor, KV]:
-    """Noise (b f c h w) → the clean chunk (b f c h w) predicted at step `exit` (None: the last), and its KV
-    there."""
+    """Noise (b f c h w) → the chunk as predicted at step `exit` (None: the last), and its KV there."""
     last = len(grid) - 1 if exit is None else min(exit, len(grid) - 1)
     for i, level in enumerate(grid[: last + 1]):
         t = torch.full(x.shape[:2], level, device=x.device)
@@ -77,8 +75,7 @@ def context_kv(student, x0, text, cache, rngs, level: float) -> KV:
 
 
 def _what_is_remembered(student, x0, kv, text, cache, rngs, cfg, grid, exit) -> KV:
-    """Clean, noisy, or the last step's own keys for nothing ("none"; after an early exit: noised to that
-    level)."""
+    """Clean, noisy, or ("none") the last step's own keys; after an early exit noised to that level."""
     finished = exit is None or exit >= len(grid) - 1
     if cfg.context == "none" and finished:
         return kv

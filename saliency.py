@@ -34,8 +34,7 @@ def reward_saliency(reward, video01: Tensor, text: Tensor) -> tuple[Tensor, Tens
 
 
 def to_latent_grid(saliency: Tensor, h: int, w: int, time_stride: int = 1) -> Tensor:
-    """(... F H W) → (... f h w) by area. A causal codec's latent 0 is frame 0, latent k frames s(k-1)+1 ...
-    sk."""
+    """(... F H W) → (... f h w) by area; causal: latent 0 = frame 0, k = frames s(k-1)+1 ... sk."""
     cells = reduce(saliency, "... f (h p) (w q) -> ... f h w", "mean", h=h, w=w)
     if time_stride == 1:
         return cells

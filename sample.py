@@ -141,8 +141,7 @@ def schedule(prompts: list[str], cfg: Config, vocabulary: list[str]) -> dict[int
 
 @torch.no_grad()
 def start_from(path: str, codec: Codec, cfg: Config) -> Tensor | None:
-    """A clip's last frames, or a picture held for a chunk → latents (1 f c h w), f a multiple of the
-    chunk."""
+    """A clip's last frames, or a picture held for a chunk → latents (1 f c h w), f in whole chunks."""
     if not path:
         return None
     video = read_clip(Path(path), cfg)

@@ -13,6 +13,7 @@ overlap; with --accumulate, rewards are compared within a micro-batch (over all 
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +54,7 @@ FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device")
 class Flags:
     out: str = "out/train"
     nets: str = ""  # folder with codec, teacher, causal and reward weights; default assets/<preset>
+    start: str = ""  # the student's first weights; default <nets>/causal.safetensors
     resume: bool = False
 
 
@@ -101,8 +103,10 @@ def main() -> None:
         start = time.perf_counter()
         stats = update_student(run, step)
         for i in range(cfg.critic_steps):
-            stats["critic"] = update_critic(run, "critic", step, i)["critic"]
+            behind = update_critic(run, "critic", step, i)
+            stats["critic"], stats["dropped"] = behind["critic"], stats["dropped"] + behind["dropped"]
         run.step = step + 1
+        give_up_if_broken(run, stats)
         stats["seconds"] = time.perf_counter() - start
         if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
             stats |= select(run)
@@ -117,7 +121,7 @@ def main() -> None:
 
 def update_student(run: Run, step: int) -> dict[str, float]:
     """Move the student along the weighted DMD gradient on one batch of its own rollouts."""
-    cfg, stats = run.cfg, {}
+    cfg, dropped = run.cfg, 0.0
     for micro in range(cfg.accumulate):
         rngs, text = draw(run, "student", step, micro=micro)
         # 1. the student dreams a video the way it will at inference
@@ -125,24 +129,20 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         with processes.autocast(cfg):
             x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
         # 2. how far to trust the teacher on this rollout, and where
-        w, judged = weigh(run, x.detach(), text)
+        w, stats = weigh(run, x.detach(), text)
         # 3. what would make it more like the teacher's videos
         t = sample_t(rngs, cfg, cfg.device)
         noise = randn(rngs, *x.shape[1:], device=cfg.device)
         with processes.autocast(cfg):
             g, finite = dmd_gradient(x, text, torch.zeros_like(text[:1]), run.teacher, run.critic, t, noise,
                                      cfg.guidance, cfg.motion)  # fmt: skip
-        w = w.expand(len(x), -1, -1, -1, -1)[finite]
-        loss = (
-            dmd_loss(x[finite], g[finite], w) * finite.float().mean()
-            if finite.any()
-            else 0 * x.nan_to_num().sum()
-        )
-        (loss / cfg.accumulate).backward()
-        stats = judged | {"dmd": g.abs().mean(), "dropped": (~finite).float().sum() * run.world, "exit": exit}
-        stats["frames"] = chunks * cfg.chunk
+        w = w.expand(len(x), -1, -1, -1, -1)
+        loss = dmd_loss(x[finite], g[finite], w[finite]) if finite.any() else 0 * x.nan_to_num().sum()
+        (loss * finite.float().mean() / cfg.accumulate).backward()
+        dropped += (~finite).sum() * run.world
+        stats |= {"dmd": g.abs().mean(), "dropped": dropped, "exit": exit, "frames": chunks * cfg.chunk}
     stats = processes.mean(stats, cfg.device)
-    stats["grad_norm"] = update(run, run.student, run.student_opt, stats["dropped"])
+    stats["grad_norm"] = update(run.student, run.student_opt, cfg)
     run.ema.update_parameters(run.student)
     return stats
 
@@ -154,7 +154,7 @@ def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
         return torch.ones(1, 1, 1, 1, 1, device=x.device), {}
     axes = [AXES.index(a) for a in cfg.axes]
     with torch.no_grad(), processes.autocast(cfg):
-        video01 = run.codec.decode(x).float()
+        video01 = run.codec.decode(x.nan_to_num()).float()  # a broken rollout is judged, then dropped
     if cfg.space or cfg.time:
         scores, saliency = reward_saliency(run.reward, video01, text)
         saliency = to_latent_grid(saliency[:, axes], *cfg.latent_shape[1:], cfg.time_stride)
@@ -172,7 +172,7 @@ def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
 
 def update_critic(run: Run, *key: int | str) -> dict[str, float]:
     """Let the critic catch up: flow matching on fresh rollouts of the student as it now is."""
-    cfg, total = run.cfg, 0.0
+    cfg, total, dropped = run.cfg, 0.0, 0.0
     for micro in range(cfg.accumulate):
         rngs, text = draw(run, *key, micro=micro)
         with processes.autocast(cfg):
@@ -183,31 +183,32 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
         finite = losses.isfinite()
         loss = losses[finite].sum() / len(losses)
         (loss / cfg.accumulate).backward()
-        total += loss.detach() / cfg.accumulate
-    dropped = processes.mean({"critic": total, "dropped": (~finite).float().sum() * run.world}, cfg.device)
-    update(run, run.critic, run.critic_opt, dropped["dropped"])
-    return dropped
+        total, dropped = total + loss.detach() / cfg.accumulate, dropped + (~finite).sum() * run.world
+    stats = processes.mean({"critic": total, "dropped": dropped}, cfg.device)
+    return stats | {"grad_norm": update(run.critic, run.critic_opt, cfg)}
 
 
-def update(run: Run, net: nn.Module, opt: torch.optim.Optimizer, dropped: float) -> float:
-    """Average gradients over processes, clip, step → gradient norm. A non-finite gradient is not stepped
-    along."""
+def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
+    """Average gradients over processes, clip, step → gradient norm; no step along a non-finite gradient."""
     params = [p for p in net.parameters() if p.grad is not None]
     processes.average_gradients(params)
-    norm = nn.utils.clip_grad_norm_(params, run.cfg.clip)
+    norm = nn.utils.clip_grad_norm_(params, cfg.clip)
     if norm.isfinite():
         opt.step()
     opt.zero_grad()
-    run.bad = run.bad + 1 if dropped or not norm.isfinite() else 0
-    if run.bad >= run.cfg.max_bad:
-        where = f"{run.out}; its last checkpoint is intact"
-        sys.exit(f"{run.bad} updates in a row had non-finite samples: stopped at step {run.step} of {where}")
     return float(norm)
 
 
+def give_up_if_broken(run: Run, stats: dict[str, float]) -> None:
+    """Single non-finite samples are dropped and counted; too many steps with some in a row end the run."""
+    run.bad = run.bad + 1 if stats["dropped"] or not math.isfinite(stats["grad_norm"]) else 0
+    if run.bad >= run.cfg.max_bad:
+        what = f"{run.bad} steps in a row had non-finite samples, stopped in step {run.step}"
+        sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
+
+
 def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], Tensor]:
-    """This process' generators and captions (b l e) for one micro-batch; a group of rollouts shares its
-    caption."""
+    """This process' generators and captions (b l e) of a micro-batch; a group of rollouts shares one."""
     cfg, ids = run.cfg, run.samples(micro)
     words = run.source.captions([(cfg.seed, *key, i // cfg.group) for i in ids])
     text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
@@ -230,8 +231,7 @@ def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, 
 
 
 def select(run: Run) -> dict[str, float]:
-    """Measure the averaged student on held-out prompts, at the end of a rollout of full horizon; keep the
-    best.
+    """Measure the averaged student on held-out prompts after a rollout of full horizon; keep the best.
 
     Few-step students are easily over-trained. Of real clips nobody knows the truth: there the newest student
     is kept.
@@ -280,7 +280,8 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     reward = RewardModel(cfg) if weighted else None
     if reward is not None:
         load_weights(nets / "reward.safetensors", reward, cfg, "reward").requires_grad_(False).to(cfg.device)
-    student = load_weights(nets / "causal.safetensors", VideoDiT(cfg), cfg, "causal").to(cfg.device)
+    start = Path(flags.start or nets / "causal.safetensors")
+    student = load_weights(start, VideoDiT(cfg), cfg, "causal").to(cfg.device)
     critic = load_weights(nets / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").to(cfg.device)
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
     run = Run(

@@ -194,13 +194,16 @@ def test_objects_do_what_the_caption_says(cfg):
     """Catches a speed that depends on the canvas, a jump at its border, and motion that ends or turns."""
     batch = World(cfg).batch(keys(30), torch.arange(48))
     assert ((batch.position >= 0) & (batch.position < torch.tensor([cfg.width, cfg.height]))).all()
+    weaving = {motion: [0.0] for motion in list(MOTIONS)[:4]}
     for words, step in zip(batch.words, steps(batch.position, cfg), strict=True):
         for i in range(cfg.objects):
             _, _, motion, speed = words[4 * i : 4 * i + 4]
             pace, ahead = SPEEDS.get(speed, 0.0) * cfg.height / 32, torch.tensor(MOTIONS[motion])
             torch.testing.assert_close(step[i] @ ahead, torch.full((47,), pace), atol=1e-3, rtol=0)
-            aside = (step[i] @ ahead.flip(0)).abs()
-            assert (torch.minimum(aside, (aside - WEAVE * pace).abs()) < 1e-3).all()
+            aside = step[i] @ ahead.flip(0)
+            assert (torch.minimum(aside.abs(), (aside.abs() - WEAVE * pace).abs()) < 1e-3).all()
+            weaving.get(motion, []).extend(aside.tolist())
+    assert all(min(aside) < -0.1 and max(aside) > 0.1 for aside in weaving.values())
 
 
 def test_the_world_is_stationary():

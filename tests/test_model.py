@@ -253,8 +253,7 @@ def test_rollout_goes_only_forward(tiny, model, kind):
 
     text = inputs(tiny, 2)[2]
     moved = (chunks() - chunks(other=3)).abs().amax((1, 2, 3, 4, 5))
-    print("D", moved)
-    assert (moved[:3] < 1e-4).all() and (moved[3:] > 1e-3).all()
+    assert (moved[:3] < 1e-5).all() and (moved[3:] > 1e-4).all()
 
 
 # -- the caches ----------------------------------------------------------------------------------------------
@@ -402,7 +401,8 @@ def gradients(model, loss):
 
 
 def distance(a, b):
-    """The largest relative difference of a parameter's gradient. (To the bit, a CPU need not repeat itself.)"""
+    """The largest relative difference of a parameter's gradient. (To the bit, a CPU need not repeat
+    itself.)"""
     assert a.keys() == b.keys()
     return max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a)
 
@@ -424,7 +424,6 @@ def test_checkpointing_changes_nothing(tiny, model, sink, kv_grad):
     assert more == few + cfg.chunks, "nothing was recomputed"
     torch.testing.assert_close(x1, x2, **close)
     assert plain.keys() == dict(model.named_parameters()).keys()
-    print("D", distance(plain, recomputed))
     assert distance(plain, recomputed) < 1e-4
 
 
@@ -457,7 +456,6 @@ def test_the_cache_carries_no_gradient(tiny, model, kv_grad, context):
     alone = gradients(model, again.square().mean())
     if context == "clean":  # with "none" a given chunk is remembered by a pass of its own, so its keys differ
         torch.testing.assert_close(again, parts[1], **close)
-        print("D", distance(joint, alone))
         assert distance(joint, alone) > 1e-2 if kv_grad else distance(joint, alone) < 1e-4
 
 

@@ -121,9 +121,9 @@ def test_effective_share(w, share):
 
 # -- balance ---------------------------------------------------------------------------------------
 
-# four steps of two rollouts; improvements of the later two over the earlier two, worked out by hand: 1, 0, 2
+# four steps of two rollouts; improvements of the later two over the earlier two, worked out by hand: 1, 0, 4
 HISTORY = torch.tensor(
-    [[[1.0, 5, -1], [-1, 5, 1]], [[0, 5, 0], [0, 5, 0]], [[2, 5, 1], [0, 5, 3]], [[2, 3, 3], [0, 7, 1]]]
+    [[[1.0, 5, -1], [-1, 5, 1]], [[0, 5, 0], [0, 5, 0]], [[2, 5, 3], [0, 5, 5]], [[2, 3, 6], [0, 7, 2]]]
 )
 
 
@@ -144,14 +144,16 @@ def test_warm_up_is_the_plain_mean(balance):
 def test_penalty_by_hand():
     """Catches a penalty on the spread of the scores where that of the improvements is meant."""
     balancer, r = fed(Config(balance="penalty", balance_window=4, balance_strength=0.5))
-    assert balancer.improvement().tolist() == [1, 0, 2]
-    torch.testing.assert_close(r, HISTORY[3].mean(1) - 0.5 * 1.0)  # std of 1, 0, 2 is 1
+    assert balancer.improvement().tolist() == [1, 0, 4]
+    torch.testing.assert_close(
+        r, HISTORY[3].mean(1) - 0.5 * (13 / 3) ** 0.5
+    )  # the variance of 1, 0, 4 is 13/3
 
 
 def test_axis_weights_favour_what_lags():
     """Catches weights that reward the axis which improves already."""
     _, r = fed(Config(balance="axis_weights", balance_window=4, balance_temperature=0.5))
-    a = torch.tensor([-2.0, 0.0, -4.0]).softmax(0)
+    a = torch.tensor([-2.0, 0.0, -8.0]).softmax(0)
     torch.testing.assert_close(r, HISTORY[3] @ a)
     assert r[1] > r[0]  # better on the axis that stood still, worse on both others
 
