@@ -99,9 +99,16 @@ def save_state(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     """Everything a run needs to go on, as folder/step_%06d.pt; only the newest `keep` stay."""
     path = Path(folder) / f"step_{step:06d}.pt"
     write_atomically(path, lambda name: torch.save(state | {"step": step}, name))
-    for old in sorted(Path(folder).glob("step_*.pt"))[:-keep]:
+    others = sorted(p for p in Path(folder).glob("step_*.pt") if p != path)
+    for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink()
     return path
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """A new run does not start in a folder that holds another's states. Raises BadInput."""
+    if list(Path(folder).glob("step_*.pt")):
+        raise BadInput(f"{folder} holds a run; --resume goes on with it, another --out starts a new one")
 
 
 def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | None:
@@ -120,6 +127,8 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | 
         raise BadInput(
             f"{paths[-1]} cannot be read ({type(error).__name__}); delete it to go on from the one before"
         ) from error
+    if not isinstance(state, dict) or "config" not in state:
+        raise BadInput(f"{paths[-1]} is no state of this project: it holds no config")
     for f in fields(Config):
         then, now = state["config"].get(f.name, f.default), getattr(cfg, f.name)
         then = tuple(then) if isinstance(then, list) else then

@@ -124,6 +124,12 @@ class Config:
         check("t_min", 0 <= self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("ema", 0 <= self.ema < 1, "within [0, 1)")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
+        check(
+            "text_length",
+            bool(self.data) or self.text_length > 4 * self.objects,
+            "4 words per object and one more",
+        )
+        check("balance_window", self.balance_window > 1, "2 or more")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
 
     @property
@@ -213,7 +219,12 @@ def _parse(kind: type) -> Callable[[str], object]:
     """A converter from a command-line word to a field's type."""
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        return lambda word: tuple(item(w) for w in word.split(",") if w)
+
+        def comma_separated(word: str) -> tuple:
+            return tuple(item(w) for w in word.split(",") if w)
+
+        comma_separated.__name__ = f"comma-separated {item.__name__}"
+        return comma_separated
     return kind
 
 

@@ -188,10 +188,10 @@ class World:
         rngs = [rng_for("world", self.split, *key) for key in keys]
         meanings = [self.meaning(g) for g in rngs]
         shown = [self._forget(m, g) for m, g in zip(meanings, rngs, strict=True)]
+        radius = torch.stack([torch.rand(self.cfg.objects, generator=g) for g in rngs])
         position = torch.stack(
             [self._move(m, g, int(times.max()) + 1) for m, g in zip(meanings, rngs, strict=True)]
         )
-        radius = torch.stack([torch.rand(self.cfg.objects, generator=g) for g in rngs])
         radius = (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * radius) * self.scale
         times = times.expand(len(keys), -1)
         position = position.gather(2, times[:, None, :, None].expand(-1, self.cfg.objects, -1, 2))
@@ -223,15 +223,17 @@ class World:
     def _move(self, meaning: list[str], rng: torch.Generator, frames: int) -> Tensor:
         """(objects frames 2): uniform start, constant forward speed, sideways a random telegraph."""
         canvas = torch.tensor([self.cfg.width, self.cfg.height])
+        start = torch.rand(self.cfg.objects, 2, generator=rng)
+        draws = torch.rand(frames + 1, self.cfg.objects, 2, generator=rng)
         paths = []
         for i in range(self.cfg.objects):
             _, _, motion, speed = meaning[4 * i : 4 * i + 4]
             ahead = torch.tensor(MOTIONS[motion]) * SPEEDS.get(speed, 0.0) * self.scale
-            turns = torch.rand(frames, generator=rng) < TURN
-            side = torch.randint(-1, 2, (frames + 1,), generator=rng)
+            turns = draws[1:, i, 0] < TURN
+            side = (3 * draws[:, i, 1]).long() - 1
             since = torch.where(turns, torch.arange(1, frames + 1), 0).cummax(0).values
             velocity = ahead + WEAVE * side[since][:, None] * ahead.flip(0)
-            paths.append(torch.rand(2, generator=rng) * canvas + velocity.cumsum(0) - velocity[:1])
+            paths.append(start[i] * canvas + velocity.cumsum(0) - velocity[:1])
         return torch.stack(paths) % canvas
 
     def render(self, meanings: list[list[str]], position: Tensor, radius: Tensor) -> Tensor:

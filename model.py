@@ -203,8 +203,8 @@ class RingCache:
             first = torch.stack(new).float()
             kept = torch.where(self.count >= slots, ema, self.sink)
             self.sink.copy_(torch.where(self.count == 0, first, kept))
-        self.raw.index_copy_(2, slot, new[0].to(self.raw.dtype))
-        self.values.index_copy_(2, slot, new[1].to(self.values.dtype))
+        self.raw.index_copy_(2, slot, new[0].unsqueeze(2).to(self.raw.dtype))
+        self.values.index_copy_(2, slot, new[1].unsqueeze(2).to(self.values.dtype))
         if cfg.sink_mode == "ema":
             self.raw[:, :, 0], self.values[:, :, 0] = self.sink[0], self.sink[1]
         self.count += 1

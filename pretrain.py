@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from checkpoint import load_state, load_weights, save_state, save_weights, stop_on_signal, writable_folder
+from checkpoint import (
+    load_state,
+    load_weights,
+    refuse_to_overwrite,
+    save_state,
+    save_weights,
+    stop_on_signal,
+    writable_folder,
+)
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
 from corrupt import worse_looks, worse_motion, wrong_words
@@ -67,7 +75,7 @@ def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: F
     folder = writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
     opts = optimizers(net, stage.lr)
-    state = load_state(folder, cfg) if flags.resume else None
+    state = load_state(folder, cfg) if flags.resume else refuse_to_overwrite(folder)
     if state:
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
@@ -167,7 +175,7 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 
 
 def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
-    """Teacher forcing from the teacher's weights: a noisy chunk, with a time of its own, sees the clean past."""
+    """Teacher forcing from the teacher's weights: a noisy chunk, at its own time, sees the clean past."""
     codec = made("codec", Codec(cfg), cfg, flags)
     net = made("teacher", VideoDiT(cfg), cfg, flags)
 
@@ -184,7 +192,7 @@ def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 def train_consistency(cfg: Config, stage: Stage, source, flags: Flags, levels: int = 48) -> nn.Module:
     """Optional, after the causal start (Causal Forcing++): |x̂(x_t) - x̂_averaged(x_s)|², s one level below t.
 
-    x_s is one guided Euler step of the frozen causal start away, given the clean past; at s = 0 it is the target.
+    x_s is one guided Euler step of the frozen causal start away from x_t; at s = 0 it is the target.
     """
     codec = made("codec", Codec(cfg), cfg, flags)
     frozen, net = (made("causal", VideoDiT(cfg), cfg, flags) for _ in range(2))
@@ -205,7 +213,7 @@ def train_consistency(cfg: Config, stage: Stage, source, flags: Flags, levels: i
 
 
 def forced_batch(cfg: Config, stage: Stage, step: int, source, codec):
-    """A noisy batch; in half of its clips the first chunk lies further back, as a sink does later in a stream."""
+    """A noisy batch; in half of its clips the first chunk lies further back, as sinks do in a long stream."""
     rng = rng_for(cfg.seed, "gap", step)
     gap = torch.randint(0, 4 * cfg.frames, (stage.batch, 1), generator=rng)
     gap *= torch.rand(stage.batch, 1, generator=rng) < 0.5
@@ -272,7 +280,7 @@ def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: T
     features = net.features(video01)
     good, looks, motion = (net.judge(features[i * b : (i + 1) * b], text[0]) for i in range(3))
     rival = net.judge(features[3 * b :], rival_text)
-    real = good[torch.randperm(b)[: len(rival)]]
+    real = good[: len(rival)]
     wrong = [net.judge(features[:b], t)[:, 2] for t in text[1:]]
     loss = -F.logsigmoid(good[:, 0] - looks[:, 0]).mean() - F.logsigmoid(good[:, 1] - motion[:, 1]).mean()
     loss = loss - F.logsigmoid(good[:, 2] - torch.stack(wrong)).mean()

@@ -95,7 +95,9 @@ class Balancer:
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Scores (b s) of the global batch → reward (b,); remembers their mean."""
-        self.history.append(scores.float().mean(0).tolist())
+        scored = scores.float()[scores.isfinite().all(1)]
+        if len(scored):
+            self.history.append(scored.mean(0).tolist())
         delta = self.improvement()
         if delta is None or self.cfg.balance == "none" or len(delta) == 1:
             return scores.mean(1)
@@ -123,7 +125,11 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
         r = (
             rearrange(r, "(p k) -> p k", k=cfg.group) - reduce(r, "(p k) -> p 1", "mean", k=cfg.group)
         ).flatten()
-    w = len(r) * (cfg.beta * r).softmax(0) if cfg.weight == "softmax" else (cfg.beta * r).exp()
+    sane = r.isfinite()
+    if cfg.weight == "softmax":
+        w = sane.sum() * torch.where(sane, cfg.beta * r, -torch.inf).softmax(0)
+    else:
+        w = (cfg.beta * r).exp()
     return w.clamp(max=cfg.weight_cap) if cfg.weight_cap else w
 
 

@@ -29,6 +29,7 @@ import processes
 from checkpoint import (
     load_state,
     load_weights,
+    refuse_to_overwrite,
     save_state,
     save_weights,
     stop_on_signal,
@@ -273,7 +274,7 @@ def log(run: Run, stats: dict, bar) -> None:
 def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
     out, nets = writable_folder(flags.out), Path(flags.nets or f"assets/{cfg.preset}")
-    state = load_state(out, cfg, FREE) if flags.resume else None
+    state = load_state(out, cfg, FREE) if flags.resume else refuse_to_overwrite(out)
     weighted = cfg.beta or cfg.space or cfg.time
     codec = load_weights(nets / "codec.safetensors", Codec(cfg), cfg, "codec").requires_grad_(False)
     teacher = load_weights(nets / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").requires_grad_(False)

@@ -21,7 +21,7 @@ from checkpoint import (
     writable_folder,
     write_atomically,
 )
-from config import METHODS, PRESETS, BadInput, Config, build, from_cli
+from config import METHODS, PRESETS, BadInput, Config, build, from_cli, from_words
 from model import VideoDiT
 
 
@@ -131,7 +131,7 @@ def test_bad_input_ends_a_script(monkeypatch, capsys):
     """Catches a traceback, a zero exit code and an error on stdout."""
     monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--stepz=3"])
     with pytest.raises(SystemExit) as caught:
-        module.run(lambda: from_cli())
+        module.cli(lambda: from_cli())
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and not out
     assert err.startswith("train.py: unknown argument --stepz=3") and err.count("\n") == 1
@@ -161,10 +161,12 @@ def test_config_is_frozen():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_config_survives_json(name):
-    """Catches a field that JSON cannot hold, and lists that are refused where a tuple was."""
+    """Catches a field that JSON cannot hold, lists that stay lists, and old files that are refused."""
     cfg = PRESETS[name]
-    read = json.loads(json.dumps(asdict(cfg)))
-    assert Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in read.items()}) == cfg
+    written = asdict(cfg)
+    assert from_words(json.dumps(written)) == cfg
+    del written["steps"]
+    assert from_words(json.dumps(written | {"long_gone": 1})) == replace(cfg, steps=Config().steps)
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import pytest
 import torch
 from einops import rearrange
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 from config import PRESETS
 from data import rng_for
@@ -189,18 +188,11 @@ def test_teacher_forcing_equals_clean_chunks_in_the_cache(tiny, build, patch_tim
 # -- who sees whom -------------------------------------------------------------------------------------------
 
 
-NO_MASK = ("masked", "ema")  # an average of chunks is not a mask
+WAYS = [(way, sink) for way in ("masked", "list", "ring") for sink in ("whole", *SINKS)]
+WAYS.remove(("masked", "ema"))  # an average of chunks is not a mask
 
 
-@pytest.mark.parametrize(
-    "way, sink",
-    [
-        (way, sink)
-        for way in ("masked", "list", "ring")
-        for sink in ("whole", *SINKS)
-        if (way, sink) != NO_MASK
-    ],
-)
+@pytest.mark.parametrize("way, sink", WAYS)
 def test_who_sees_whom(tiny, build, way, sink):
     """Would catch any leak from the future, a causal order inside a chunk, a window that is a chunk too long
     or short and a sink that gets lost. In one layer, every frame is perturbed in turn; which outputs move is
@@ -232,7 +224,7 @@ def test_deep_masked_pass_never_sees_the_future(tiny, model):
     x, t, text = inputs(tiny, 8)
     before = run_masked(model, tiny, x, t, text)
     x[:, 4:6] += 1
-    moved = (run_masked(model, tiny, x, t, text) - before).abs().amax((0, 2, 3, 4)) > 1e-6
+    moved = (run_masked(model, tiny, x, t, text) - before).abs().amax((0, 2, 3, 4)) > 1e-4
     assert moved.tolist() == [False] * 4 + [True] * 4
 
 
@@ -465,10 +457,14 @@ def test_the_cache_carries_no_gradient(tiny, model, kv_grad, context):
 @pytest.mark.parametrize("sink", ["static", "ema"])
 def test_streaming_is_one_graph(tiny, build, sink):
     """Would catch a Python number in the ring cache that changes from chunk to chunk, or a question to the
-    device: each chunk would be compiled anew, or its graph broken in two."""
+    device: each chunk would be compiled anew, or would wait for an answer that no CUDA graph can give."""
     cfg = replace(tiny, layers=1, **SINKS[sink])
     model = build(cfg)
-    cache, reference, counter = RingCache(model, cfg, 2), RingCache(model, cfg, 2), CompileCounter()
+    cache, reference, graphs = RingCache(model, cfg, 2), RingCache(model, cfg, 2), []
+
+    def backend(graph, _):
+        graphs.append(graph.graph)
+        return graph.forward
 
     def step(cache, x, t, text):
         v, _ = model(x, t, text, cache)
@@ -477,9 +473,10 @@ def test_streaming_is_one_graph(tiny, build, sink):
         return clean
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
     with torch.no_grad():
         for seed in range(8):
             args = inputs(cfg, cfg.chunk, seed=seed)
             torch.testing.assert_close(compiled(cache, *args), step(reference, *args), **close)
-    assert counter.frame_count == 1
+    assert len(graphs) == 1
+    assert all(node.target != "item" for node in graphs[0].nodes)
