@@ -2,8 +2,9 @@
 
 The latent is standardised by a batch norm without parameters and gets noise of a fixed size while the codec
 learns. That is a variational autoencoder with the variance held fixed: the noise, not a KL weight, sets how
-much a latent may say, and it keeps latents smooth enough to diffuse (the sharper the codec, the harder the
-latents are to generate).
+much a latent may say. And latents are asked to move in straight lines: three frames at equal distances shall
+have latents at equal distances. Without that a pixel's motion is a tangle in latent space which a small
+transformer cannot follow: it learns colours and shapes, and no motion at all (LOG.md).
 """
 
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class Codec(nn.Module):
 
     def __init__(self, cfg: Config, width: int = 96):
         super().__init__()
-        self.noise = cfg.codec_noise
+        self.noise, self.straight = cfg.codec_noise, cfg.codec_straight
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, width // 3, 3, padding=1), nn.SiLU(),
             nn.Conv2d(width // 3, 2 * width // 3, 3, stride=2, padding=1), nn.SiLU(),
@@ -63,6 +64,8 @@ class Codec(nn.Module):
         return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(x)) / 2 + 0.5
 
     def loss(self, video01: Tensor, noise: Tensor) -> Tensor:
-        """Reconstruction through a noised latent: squared error plus a little absolute error."""
-        out = self._decode(self.encode(video01) + self.noise * noise)
-        return F.mse_loss(out, video01) + 0.1 * F.l1_loss(out, video01)
+        """Reconstruction of (b 3 3 H W) through noised latents, and |z0 - 2 z1 + z2|² for a straight path."""
+        z = self.encode(video01)
+        out = self._decode(z + self.noise * noise)
+        bend = (z[:, 0] - 2 * z[:, 1] + z[:, 2]).float().square().mean()
+        return F.mse_loss(out, video01) + 0.1 * F.l1_loss(out, video01) + self.straight * bend

@@ -31,7 +31,8 @@ class Config:
     channels: int = 12  # latent channels
     stride: int = 8  # pixels per latent cell
     time_stride: int = 1  # pixel frames per latent frame (4 for Wan's causal codec)
-    codec_noise: float = 0.2  # std of the noise on the unit-variance latent while the codec learns
+    codec_noise: float = 0.15  # std of the noise on the unit-variance latent while the codec learns
+    codec_straight: float = 0.004  # weight of the straightness of latent paths
     # transformer -----------------------------------------------------------------------------------------
     patch: int = 2  # latent cells per token and side
     patch_time: int = 1  # latent frames per token
@@ -169,8 +170,8 @@ _POSITIVE = (
     "eval_clips max_bad"
 ).split()
 _NOT_NEGATIVE = (
-    "codec_noise window sink beta weight_cap balance_strength floor_space floor_time motion seed beta1 beta2 "
-    "critic_warmup"
+    "codec_noise codec_straight window sink beta weight_cap balance_strength floor_space floor_time motion "
+    "seed beta1 beta2 critic_warmup"
 ).split()
 _CHOICES = {
     "predict": ("x", "v"),

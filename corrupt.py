@@ -89,3 +89,18 @@ def wrong_words(meaning: list[str], rng: torch.Generator) -> list[str]:
     if meaning[place] in MOTIONS and place + 1 < len(meaning) and meaning[place + 1]:
         others = [w for w in others if w != "still"]  # "still slowly" is no caption
     return [*meaning[:place], others[_choice(rng, len(others))], *meaning[place + 1 :]]
+
+
+def pairs(
+    long01: Tensor, words: list[list[str]], rngs: list, free: bool
+) -> tuple[Tensor, list[Tensor], list[list[list[str]]]]:
+    """(b 2F 3 H W) → good (b F 3 H W), [worse looks, worse motion], captions [right, 3 x wrong]."""
+    frames = long01.shape[1] // 2
+    good = long01[:, :frames]
+    looks = torch.stack([worse_looks(x, g) for x, g in zip(good, rngs, strict=True)])
+    motion = torch.stack([worse_motion(x, g) for x, g in zip(long01, rngs, strict=True)])
+    if free:  # captions of real clips have no grammar: somebody else's caption is the wrong one
+        wrong = [words[i:] + words[:i] for i in (1, 2, 3)]
+    else:
+        wrong = [[wrong_words(w, g) for w, g in zip(words, rngs, strict=True)] for _ in range(3)]
+    return good, [looks, motion], [words, *wrong]

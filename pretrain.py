@@ -31,12 +31,12 @@ from checkpoint import (
 )
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
-from corrupt import worse_looks, worse_motion, wrong_words
+from corrupt import pairs, worse_looks, worse_motion
 from data import randn, rng_for, source_of, tokenize
 from model import VideoDiT, add_noise, shift_time, teacher_forcing, to_x0
 from plot import contact_sheet
 from processes import pick_device
-from reward import AXES, RewardModel
+from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
 
 
@@ -62,7 +62,7 @@ class Stage:
 
 
 STAGES = {
-    "codec": Stage("codec", 4000, 96, 4e-3, "PSNR above 30 dB"),
+    "codec": Stage("codec", 4000, 32, 4e-3, "PSNR above 30 dB"),
     "teacher": Stage("teacher", 12500, 24, 4e-3, "loss near 0.45"),
     "causal": Stage("causal", 1200, 16, 1e-3, "loss near the teacher's"),
     "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
@@ -133,14 +133,14 @@ def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
 
 
 def train_codec(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
-    """Single frames, each from a clip of its own moment."""
+    """Triplets of frames, two frames apart."""
     torch.manual_seed(cfg.seed)
     net = Codec(cfg)
 
     def loss_of(net, averaged, step):
-        video = source.batch(keys(cfg, stage, step), torch.zeros(1, dtype=torch.long)).video01
+        video = source.batch(keys(cfg, stage, step), torch.tensor([0, 2, 4])).video01
         noise = torch.randn(
-            len(video), 1, *cfg.latent_shape, generator=rng_for(cfg.seed, "codec noise", step)
+            len(video), 3, *cfg.latent_shape, generator=rng_for(cfg.seed, "codec noise", step)
         )
         return net.train().loss(video.to(cfg.device), noise.to(cfg.device))
 
@@ -160,18 +160,30 @@ def noisy_batch(cfg: Config, stage: Stage, step: int, source, codec, times=None)
 
 
 def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
-    """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip, warped towards noise."""
+    """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip, but see `anchored`."""
     codec = made("codec", Codec(cfg), cfg, flags)
     torch.manual_seed(cfg.seed)
 
     def loss_of(net, averaged, step):
         x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)
         u = torch.stack([torch.rand((), generator=g) for g in rngs]).to(cfg.device)
-        t = repeat(shift_time(u, cfg.shift), "b -> b f", f=cfg.frames)
+        t = anchored(repeat(shift_time(u, cfg.shift), "b -> b f", f=cfg.frames), rngs)
         v, _ = net(add_noise(x, noise, t), t, text)
         return F.mse_loss(v, noise - x)
 
     return learn(stage, VideoDiT(cfg).to(cfg.device), loss_of, cfg, flags)
+
+
+def anchored(t: Tensor, rngs: list) -> Tensor:
+    """In half of the clips make about one frame in six less noisy than the others: times (b f) → (b f).
+
+    Where the object is at one moment is then known, and the words have to say where it is at the others. When all
+    frames are equally noisy, place and motion come out of the noise together and the words are hardly needed.
+    """
+    f = t.shape[1]
+    draws = torch.stack([torch.rand(2 * f + 1, generator=g) for g in rngs]).to(t.device)
+    chosen = (draws[:, :f] < 1 / 6) & (draws[:, -1:] < 0.5)
+    return torch.where(chosen, t * draws[:, f : 2 * f], t)
 
 
 def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
@@ -257,36 +269,6 @@ def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     net = learn(stage, RewardModel(cfg).to(cfg.device), loss_of, cfg, flags)
     report_reward(net, cfg, codec)
     return net
-
-
-def pairs(
-    long01: Tensor, words: list[list[str]], rngs: list, free: bool
-) -> tuple[Tensor, list[Tensor], list[list[list[str]]]]:
-    """(b 2F 3 H W) → good (b F 3 H W), [worse looks, worse motion], captions [right, 3 x wrong]."""
-    frames = long01.shape[1] // 2
-    good = long01[:, :frames]
-    looks = torch.stack([worse_looks(x, g) for x, g in zip(good, rngs, strict=True)])
-    motion = torch.stack([worse_motion(x, g) for x, g in zip(long01, rngs, strict=True)])
-    if free:  # captions of real clips have no grammar: somebody else's caption is the wrong one
-        wrong = [words[i:] + words[:i] for i in (1, 2, 3)]
-    else:
-        wrong = [[wrong_words(w, g) for w, g in zip(words, rngs, strict=True)] for _ in range(3)]
-    return good, [looks, motion], [words, *wrong]
-
-
-def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: Tensor) -> Tensor:
-    """video01: good, worse looks, worse motion (b each), rivals (b/2); text (4 b l e): right first."""
-    b = text.shape[1]
-    features = net.features(video01)
-    good, looks, motion = (net.judge(features[i * b : (i + 1) * b], text[0]) for i in range(3))
-    rival = net.judge(features[3 * b :], rival_text)
-    real = good[: len(rival)]
-    wrong = [net.judge(features[:b], t)[:, 2] for t in text[1:]]
-    loss = -F.logsigmoid(good[:, 0] - looks[:, 0]).mean() - F.logsigmoid(good[:, 1] - motion[:, 1]).mean()
-    loss = loss - F.logsigmoid(good[:, 2] - torch.stack(wrong)).mean()
-    loss = loss - 0.3 * F.logsigmoid(real - rival).mean()
-    level = (good - looks)[:, 1:].square().mean() + (good - motion)[:, 0].square().mean()
-    return loss + 0.05 * level + 0.002 * good.square().mean()
 
 
 @torch.no_grad()

@@ -71,6 +71,21 @@ class RewardModel(nn.Module):
         return self.judge(self.features(video01), text)
 
 
+def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: Tensor) -> Tensor:
+    """video01: good, worse looks, worse motion (b each), rivals (b/2); text (4 b l e): right first."""
+    b = text.shape[1]
+    features = net.features(video01)
+    good, looks, motion = (net.judge(features[i * b : (i + 1) * b], text[0]) for i in range(3))
+    rival = net.judge(features[3 * b :], rival_text)
+    real = good[: len(rival)]
+    wrong = [net.judge(features[:b], t)[:, 2] for t in text[1:]]
+    loss = -F.logsigmoid(good[:, 0] - looks[:, 0]).mean() - F.logsigmoid(good[:, 1] - motion[:, 1]).mean()
+    loss = loss - F.logsigmoid(good[:, 2] - torch.stack(wrong)).mean()
+    loss = loss - 0.3 * F.logsigmoid(real - rival).mean()
+    level = (good - looks)[:, 1:].square().mean() + (good - motion)[:, 0].square().mean()
+    return loss + 0.05 * level + 0.002 * good.square().mean()
+
+
 class Balancer:
     """Turns axis scores (b s) into one reward (b,), knowing how each axis has been improving. Checkpointed
     state.
