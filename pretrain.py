@@ -177,8 +177,9 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 def anchored(t: Tensor, rngs: list) -> Tensor:
     """In half of the clips make about one frame in six less noisy than the others: times (b f) → (b f).
 
-    Where the object is at one moment is then known, and the words have to say where it is at the others. When all
-    frames are equally noisy, place and motion come out of the noise together and the words are hardly needed.
+    Where the object is at one moment is then known, and the words have to say where it is at the others.
+    When all frames are equally noisy, place and motion come out of the noise together, and the words are
+    hardly needed.
     """
     f = t.shape[1]
     draws = torch.stack([torch.rand(2 * f + 1, generator=g) for g in rngs]).to(t.device)
