@@ -1,0 +1,123 @@
+"""The stages before distillation."""
+
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import pretrain
+from codec import Codec
+from config import build, cli
+from data import World, rng_for
+from reward import RewardModel, bradley_terry
+from rollout import sample_teacher
+
+SMALL = ["--dim=32", "--heads=2", "--ffn=32", "--layers=1", "--device=cpu", "--batch=2"]
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv])
+    cli(pretrain.main)
+
+
+def test_an_interrupted_stage_ends_in_the_same_bits(monkeypatch, tmp_path):
+    """Stopped after 2 of 4 steps by a signal and resumed = never stopped."""
+    call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={tmp_path / 'whole'}")
+    parts = tmp_path / "parts"
+
+    class Two(list):
+        """True from the second time it is asked for inside a step."""
+
+        asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked >= 3
+
+    monkeypatch.setattr(pretrain, "stop_on_signal", Two)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}")
+    assert stopped.value.code == 0
+    assert not (parts / "codec.safetensors").exists()
+    monkeypatch.setattr(pretrain, "stop_on_signal", list)
+    call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}", "--resume")
+    one, two = (
+        torch.load(d / "codec-state" / "step_000004.pt", weights_only=True)
+        for d in (tmp_path / "whole", parts)
+    )
+    assert_close(one["net"], two["net"], rtol=0, atol=0)
+    assert_close(one["averaged"], two["averaged"], rtol=0, atol=0)
+
+
+def test_a_second_run_does_not_overwrite_the_first(monkeypatch, tmp_path, capsys):
+    argv = (*SMALL, "--stage=codec", "--steps=1", f"--out={tmp_path}")
+    call(monkeypatch, *argv)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *argv)
+    assert stopped.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag, needle", [("--stage=gan", "teacher"), ("--steps=-1", "steps=-1"), ("--data=/x", "/x")]
+)
+def test_bad_input(monkeypatch, tmp_path, capsys, flag, needle):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *SMALL, f"--out={tmp_path}", flag)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and needle in error and len(error.splitlines()) == 1
+
+
+def test_anchored_frames_are_less_noisy_in_half_of_the_clips():
+    t = torch.full((400, 16), 0.9)
+    out = pretrain.anchored(t, [rng_for("anchor", i) for i in range(400)])
+    assert (out <= t).all()
+    changed = (out < t).any(1).float().mean()
+    assert 0.4 < changed < 0.6, "about half of the clips, of which a frame in six"
+    assert 0.05 < (out < t).float().mean() < 0.12
+
+
+def test_straight_paths_cost_nothing_and_bent_ones_do():
+    """Three equal frames do not bend, so the straightness term vanishes; three different ones do."""
+    cfg = build("tiny", {})
+    codec = Codec(cfg).eval()
+    video = World(cfg).batch([("bend", i) for i in range(2)], torch.tensor([0, 2, 4])).video01
+    noise = torch.zeros(2, 3, *cfg.latent_shape)
+    still = video[:, :1].expand_as(video)
+    terms = []
+    for clip in (still, video):
+        full = codec.loss(clip, noise)
+        codec.straight = 0.0
+        terms.append(float(full - codec.loss(clip, noise)))
+        codec.straight = cfg.codec_straight
+    assert abs(terms[0]) < 1e-7 and terms[1] > 1e-7
+
+
+def test_the_teachers_sampler_follows_the_flow():
+    """With the exact velocity of a single data point, 25 Euler steps end on that point from any noise."""
+    cfg = build("tiny", {})
+    point = torch.randn(1, cfg.frames, *cfg.latent_shape)
+
+    def exact(xt, t, text):
+        return (xt - point) / t[..., None, None, None], None
+
+    rngs = [rng_for("flow", i) for i in range(2)]
+    x = sample_teacher(exact, torch.zeros(2, cfg.text_length, cfg.text_width), cfg, rngs)
+    assert_close(x, point.expand_as(x), atol=1e-4, rtol=1e-4)
+
+
+def test_bradley_terry_pulls_good_above_bad():
+    """Ten steps on one batch raise the margin on the damaged axis of every pair."""
+    torch.manual_seed(0)
+    cfg = build("tiny", {})
+    net = RewardModel(cfg)
+    clips, text = torch.rand(7 * 2, 16, 3, 32, 32)[:7], torch.randn(4, 2, cfg.text_length, cfg.text_width)
+    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(10):
+        loss = bradley_terry(net, clips, text, text[0, :1])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
