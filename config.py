@@ -241,9 +241,7 @@ def _add_field(parser: argparse.ArgumentParser, f) -> None:
     elif get_origin(f.type) is list:
         parser.add_argument(flag, action="append", type=get_args(f.type)[0])
     else:
-        parser.add_argument(
-            flag, type=_parse(f.type), metavar=str(getattr(f.type, "__name__", f.type)).upper()
-        )
+        parser.add_argument(flag, type=_parse(f.type), metavar=f.name.upper())
 
 
 def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):

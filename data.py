@@ -108,6 +108,8 @@ def parse(prompt: str, objects: int) -> list[str]:
         elif word not in _FILLER:
             kind = next(i for i, known in enumerate(_CLASSES) if word in known)
             meaning[-1][kind] = _once(meaning[-1][kind], word, prompt)
+    if not background and not any(word for thing in meaning for word in thing):
+        raise BadInput(f"the prompt {prompt!r} says nothing; known words: {' '.join(VOCABULARY)}")
     if len(meaning) > objects:
         raise BadInput(
             f"the prompt names {len(meaning)} objects; this model was trained on at most {objects}"
@@ -137,10 +139,11 @@ def caption(meaning: list[str]) -> str:
     *things, background = meaning
     parts = []
     for colour, shape, motion, speed in zip(*[iter(things)] * 4, strict=True):
-        if colour or shape:
+        if colour or shape or motion:
             how = {"": "", "still": "standing still"}.get(motion, f"moving {motion} {speed}".strip())
-            parts.append(" ".join(filter(None, ("a", colour, shape, how))))
-    return " and ".join(parts) + (f" on a {background} background" if background else "")
+            what = " ".join(filter(None, (colour, shape, how)))
+            parts.append(f"an {what}" if what[0] in "aeio" else f"a {what}")
+    return (" and ".join(parts) + (f" on a {background} background" if background else "")).strip()
 
 
 # -- the world ----------------------------------------

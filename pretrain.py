@@ -1,4 +1,4 @@
-"""What distillation starts from, made from nothing: codec, bidirectional teacher, causal start, reward model.
+"""What distillation starts from, made from nothing: codec, teacher, causal start, reward model.
 
     python pretrain.py                          # the four stages train.py needs, tiny preset
     python pretrain.py tiny --stage=teacher     # one stage

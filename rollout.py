@@ -125,7 +125,7 @@ def stream(
 
 def _rebuild(student, recent, text, cache, rngs, cfg: Config) -> None:
     cache.reset()
-    level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 0)[-1]}[cfg.context]
+    level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 1)[-1]}[cfg.context]
     for x0 in recent:
         cache.commit(context_kv(student, x0, text, cache, rngs, level))
 

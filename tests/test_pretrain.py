@@ -107,17 +107,17 @@ def test_the_teachers_sampler_follows_the_flow():
 
 
 def test_bradley_terry_pulls_good_above_bad():
-    """Ten steps on one batch raise the margin on the damaged axis of every pair."""
+    """Steps on one batch raise the margin on the damaged axis of every pair."""
     torch.manual_seed(0)
     cfg = build("tiny", {})
     net = RewardModel(cfg)
     clips, text = torch.rand(7 * 2, 16, 3, 32, 32)[:7], torch.randn(4, 2, cfg.text_length, cfg.text_width)
     opt = torch.optim.Adam(net.parameters(), 1e-2)
     losses = []
-    for _ in range(10):
+    for _ in range(30):
         loss = bradley_terry(net, clips, text, text[0, :1])
         opt.zero_grad()
         loss.backward()
         opt.step()
         losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < losses[0] - 0.5

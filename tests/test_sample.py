@@ -25,7 +25,7 @@ def call(nets, monkeypatch, tmp_path):  # noqa: F811
 
 def frames_of(path):
     plugin = "FFMPEG" if path.suffix == ".mp4" else "pillow"
-    return iio.imread(path, index=..., plugin=plugin)
+    return iio.imread(path, index=..., plugin=plugin)[..., :3]
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.webp"])
@@ -70,8 +70,8 @@ def test_goes_on_from_a_clip_or_a_picture(call, tmp_path, name):
     count = 8 if name.endswith("gif") else 1
     pixels = np.random.default_rng(0).integers(0, 255, (count, 32, 32, 3), np.uint8)
     iio.imwrite(given, pixels if count > 1 else pixels[0], plugin="pillow")
-    with_init = frames_of(call(f"--init={given}", "--frames=16", out="a.webp"))
-    without = frames_of(call("--frames=16", out="b.webp"))
+    with_init = frames_of(call(f"--init={given}", "--frames=16", out="a.mp4"))
+    without = frames_of(call("--frames=16", out="b.mp4"))
     assert len(with_init) == 16 and not np.array_equal(with_init[-4:], without[-4:])
 
 

@@ -177,7 +177,7 @@ def test_non_finite_samples_are_counted_and_stop_the_run(nets, tmp_path, monkeyp
         return g * 0, finite & False
 
     monkeypatch.setattr(train, "dmd_gradient", poisoned)
-    monkeypatch.setattr(train, "update_critic", lambda *a: {"critic": 0.0})
+    monkeypatch.setattr(train, "update_critic", lambda *a: {"critic": 0.0, "dropped": 0.0})
     with pytest.raises(SystemExit) as stopped:
         in_process(monkeypatch, train, *argv, "--steps=50", "--max_bad=3", "--save_every=100", "--resume")
     assert "non-finite" in str(stopped.value)
