@@ -2,7 +2,7 @@
 
     python pretrain.py                          # the four stages train.py needs, tiny preset
     python pretrain.py tiny --stage=teacher     # one stage
-    python pretrain.py tiny --data=clips        # a folder of captioned clips instead of the procedural world
+    python pretrain.py tiny --data=clips        # a folder of captioned clips, not the procedural world
 
 Every stage prints what to expect, saves as it goes (--resume), and leaves a contact sheet.
 """
