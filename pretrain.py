@@ -203,7 +203,7 @@ def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 
 
 def train_consistency(cfg: Config, stage: Stage, source, flags: Flags, levels: int = 48) -> nn.Module:
-    """Optional, after the causal start (Causal Forcing++): |x̂(x_t) - x̂_averaged(x_s)|², s one level below t.
+    """After the causal start (Causal Forcing++): |x̂(x_t) - x̂_averaged(x_s)|², s one level below t.
 
     x_s is one guided Euler step of the frozen causal start away from x_t; at s = 0 it is the target.
     """

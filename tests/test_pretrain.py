@@ -88,7 +88,7 @@ def test_straight_paths_cost_nothing_and_bent_ones_do():
     for clip in (still, video):
         full = codec.loss(clip, noise)
         codec.straight = 0.0
-        terms.append(float(full - codec.loss(clip, noise)))
+        terms.append((full - codec.loss(clip, noise)).item())
         codec.straight = cfg.codec_straight
     assert abs(terms[0]) < 1e-7 and terms[1] > 1e-7
 
