@@ -345,6 +345,8 @@ class VideoDiT(nn.Module):
     def forward(self, xt, t, text, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
         """`cache`: remembered chunks come before this one. For a pass without one, `mask` (f f) and
         `positions` (f,) of latent frames; frames that share a token share their time, position and mask."""
+        if cache is not None and mask is not None:
+            raise ValueError("a mask is for a pass without a cache: what is remembered is always seen")
         r, p, q = self.size
         f, h, w = xt.shape[1] // r, xt.shape[3] // p, xt.shape[4] // q  # the token grid
         x = rearrange(xt, "b (f r) c (h p) (w q) -> b (f h w) (c r p q)", r=r, p=p, q=q)
