@@ -119,5 +119,5 @@ def test_bradley_terry_pulls_good_above_bad():
         opt.zero_grad()
         loss.backward()
         opt.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
