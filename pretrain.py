@@ -111,7 +111,7 @@ def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: F
 
 
 def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; a transformer's matrices get Muon, which needs about a quarter of the clips here (LOG.md)."""
+    """AdamW; a transformer's matrices get Muon, which needs clearly fewer clips here (LOG.md)."""
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if isinstance(net, VideoDiT) else []
     taken = {id(p) for p in matrices}
     rest = [p for p in net.parameters() if id(p) not in taken]
