@@ -301,6 +301,7 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
         write_atomically(out / "config.json", lambda name: name.write_text(text))
         metrics = out / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if state and metrics.exists() else []
+        lines = [line for line in lines if line.endswith("}")]  # a kill can cut the last one short
         kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.step)
         write_atomically(metrics, lambda name: name.write_text(kept))
     return run

@@ -76,6 +76,8 @@ def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    with open(parts / "metrics.jsonl", "a") as file:
+        file.write('\n{"step": 4, "dm')  # killed while it wrote a line
     done = call(nets, parts, "--steps=6", "--save_every=6", "--resume")
     assert done.returncode == 0, done.stderr
     one, two = state(whole, 6), state(parts, 6)
