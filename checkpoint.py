@@ -15,18 +15,7 @@ from torch import nn
 from config import BadInput, Config
 
 # fields that a network's numbers depend on: weights made under other values are refused
-_NETWORK = (
-    "height",
-    "width",
-    "channels",
-    "stride",
-    "patch",
-    "heads",
-    "predict",
-    "text_length",
-    "text_width",
-    "chunk",
-)
+_NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk".split()
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -60,6 +49,13 @@ def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) ->
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
+    write_atomically(path, lambda name: save_file(tensors, name, header))
+
+
+def annotate(path: Path, **facts) -> None:
+    """Add facts (measured scores) to the header of weights that `save_weights` wrote."""
+    header = read_header(path) | {k: str(v) for k, v in facts.items()}
+    tensors = load_file(path)
     write_atomically(path, lambda name: save_file(tensors, name, header))
 
 

@@ -32,14 +32,14 @@ class Config:
     stride: int = 8  # pixels per latent cell
     time_stride: int = 1  # pixel frames per latent frame (4 for Wan's causal codec)
     codec_noise: float = 0.15  # std of the noise on the unit-variance latent while the codec learns
-    codec_straight: float = 0.004  # weight of the straightness of latent paths
+    codec_straight: float = 0.002  # weight of the straightness of latent paths
     # transformer -----------------------------------------------------------------------------------------
     patch: int = 2  # latent cells per token and side
-    patch_time: int = 1  # latent frames per token
-    dim: int = 128
-    ffn: int = 512
+    patch_time: int = 4  # latent frames per token: what moves within a token shows its velocity
+    dim: int = 160
+    ffn: int = 640
     layers: int = 6
-    heads: int = 4
+    heads: int = 5
     time_freqs: int = 64  # width of the sinusoidal time embedding
     text_length: int = 5
     text_width: int = 64
@@ -200,10 +200,10 @@ PRESETS: dict[str, Config] = {
     ),
     "wan-1.3b": Config(
         preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
-        dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512, text_width=4096,
-        predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200, critic_steps=5,
-        lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True, checkpointing=True, horizon=1,
-        sink_decay=0.999,
+        patch_time=1, dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512,
+        text_width=4096, predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200,
+        critic_steps=5, lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True,
+        checkpointing=True, horizon=1, sink_decay=0.999,
     ),
 }  # fmt: skip
 

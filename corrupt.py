@@ -53,8 +53,8 @@ def worse_motion(long01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
     kind = kind or MOTION[_choice(rng, len(MOTION))]
     time = torch.arange(frames)
     if kind == "jump":
-        cut = 2 + _choice(rng, frames - 4)
-        bad = long01[time + (time >= cut) * (2 + _choice(rng, frames - 2))]
+        cut = 1 + _choice(rng, frames - 1)
+        bad = long01[time + (time >= cut) * (2 + _choice(rng, frames - 1))]
     elif kind == "stall":
         start, length = _choice(rng, frames // 2), frames // 4 + _choice(rng, frames // 2)
         bad = long01[
@@ -74,7 +74,7 @@ def _jitter(video01: Tensor, rng: torch.Generator) -> Tensor:
     """Shift whole frames by a pixel or two at random."""
     reach = 1 + _choice(rng, 2)
     shifts = torch.randint(-reach, reach + 1, (len(video01), 2), generator=rng)
-    shifts[1 + _choice(rng, len(video01) - 2)] = reach  # at least one frame moves
+    shifts[_choice(rng, len(video01))] = reach  # at least one frame moves
     return torch.stack([x.roll(tuple(s), dims=(1, 2)) for x, s in zip(video01, shifts.tolist(), strict=True)])
 
 

@@ -321,6 +321,10 @@ class ClipFolder:
             self.clips.append((video, text))
         if not self.clips:
             raise BadInput(f"--data={folder} holds no usable clip of at least {cfg.pixel_frames} frames")
+        longest = max(len(free_words(text)) for _, text in self.clips)
+        if longest > cfg.text_length:
+            cut = f"captions have up to {longest} words; --text_length={cfg.text_length} keeps the first"
+            warnings.warn(cut, stacklevel=2)
         self.vocabulary = sorted({word for _, text in self.clips for word in free_words(text)})
 
     def _choose(self, key: tuple) -> tuple[Tensor, str, torch.Generator]:
@@ -376,5 +380,7 @@ def understand(prompt: str, cfg: Config, vocabulary: list[str]) -> list[str]:
     words = free_words(prompt)
     if not words:
         raise BadInput("the prompt is empty")
+    if len(words) > cfg.text_length:
+        raise BadInput(f"the prompt has {len(words)} words; this model reads at most {cfg.text_length}")
     _check_words(words, vocabulary)
     return words

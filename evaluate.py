@@ -2,6 +2,7 @@
 
     python evaluate.py                                   # the shipped nets: a table with 95 % intervals
     python evaluate.py --student=out/train/student.safetensors --clips=64
+    python evaluate.py --nets=out/pretrain --stamp       # and write what was measured into the nets' headers
 
 Each clip gives, per object and then averaged over objects:
 colour, shape, direction, speed, background: 1 = as the prompt says, 0 = not, nan = unsaid
@@ -9,6 +10,9 @@ jitter       rms second difference of the object's centre, in pixels of a 32-pix
 sharpness    mean |2a - 1| over the object's pixels, a = coverage; 1 = every pixel decided
 noise        standard deviation of background pixels away from the object
 saturation   of the object, last quarter of the frames minus the first: drift
+
+The table adds VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above the
+real clips of the first row would have fooled the reward that trained it.
 """
 
 import json
@@ -19,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import load_weights, read_header, write_atomically
+from checkpoint import annotate, load_weights, read_header, write_atomically
 from codec import Codec
 from config import BadInput, Config, cli, from_cli, from_words
 from data import (
@@ -38,6 +42,7 @@ from data import (
 )
 from model import VideoDiT
 from processes import pick_device
+from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
 
 ACCURACIES = ("colour", "shape", "direction", "speed")
@@ -197,32 +202,36 @@ class Flags:
     student: str = ""  # one student instead of the shipped nets
     clips: int = 128  # held-out prompts
     noises: int = 3  # noise seeds
+    stamp: bool = False  # write what was measured into the headers of the nets
     out: str = "out/evaluation.json"
 
 
 @torch.no_grad()
-def score(net: VideoDiT, codec: Codec, cfg: Config, flags: Flags, how: str) -> dict[str, Tensor]:
+def score(net, codec: Codec, reward: RewardModel, cfg: Config, flags: Flags, how: str) -> dict[str, Tensor]:
     """Measures of `clips` x `noises` samples for prompts of the test split → {measure: (noises clips)}.
 
-    how: teacher (25 steps, the whole clip at once) | within (a rollout of the training length) | beyond (the
-    last clip's worth of frames of a rollout four times that long).
+    how: real (clips of the world, through the codec; no net) | teacher (25 steps, the whole clip at once) |
+    within (a rollout of the training length) | beyond (the last clip's worth of frames of a rollout four
+    times that long).
     """
-    words = World(cfg, "test").captions([("evaluate", i) for i in range(flags.clips)])
-    prompts, text = [caption(w) for w in words], tokenize(words, cfg.text_length, cfg.text_width)
     rows = []
-    for noise in range(flags.noises):
+    for noise in range(1 if how == "real" else flags.noises):
         parts = []
         for first in range(0, flags.clips, 32):
-            some = text[first : first + 32].to(cfg.device)
-            rngs = [rng_for("evaluate", noise, first + i) for i in range(len(some))]
-            chunks = cfg.chunks * (4 if how == "beyond" else 1)
-            x = (
-                sample_teacher(net, some, cfg, rngs)
-                if how == "teacher"
-                else rollout(net, some, cfg, rngs, chunks)
-            )
-            parts.append(codec.decode(x).float().cpu())
-        rows.append(measure(torch.cat(parts), prompts))
+            keys = [("evaluate", i) for i in range(first, min(first + 32, flags.clips))]
+            words = World(cfg, "test").captions(keys)
+            text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
+            rngs = [rng_for("evaluate", noise, i) for _, i in keys]
+            if how == "real":
+                x = codec.encode(World(cfg, "test").batch(keys).video01.to(cfg.device))
+            elif how == "teacher":
+                x = sample_teacher(net, text, cfg, rngs)
+            else:
+                x = rollout(net, text, cfg, rngs, cfg.chunks * (4 if how == "beyond" else 1))
+            video01 = codec.decode(x).float()
+            judged = dict(zip(AXES, reward(video01, text).cpu().unbind(1), strict=True))
+            parts.append(measure(video01, [caption(w) for w in words]) | judged)
+        rows.append({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
@@ -237,7 +246,8 @@ def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
     device = pick_device(cfg)
     nets = Path(flags.nets or f"assets/{cfg.preset}")
-    jobs = [("teacher", "teacher", "teacher"), ("causal start", "causal", "within")]
+    jobs = [("real, through the codec", "codec", "real")]
+    jobs += [("teacher", "teacher", "teacher"), ("causal start", "causal", "within")]
     jobs += [("stream_r1", "stream_r1", "within"), ("stream_r1, 4x length", "stream_r1", "beyond")]
     paths = {kind: nets / f"{kind}.safetensors" for _, kind, _ in jobs}
     if flags.student:
@@ -249,12 +259,17 @@ def main() -> None:
     for label, name, how in jobs:
         header = read_header(paths[name])
         made = replace(from_words(header["config"]), device=device)
-        net = load_weights(paths[name], VideoDiT(made), made, header["kind"]).to(device)
         codec = load_weights(nets / "codec.safetensors", Codec(made), made, "codec").to(device)
-        measured = score(net, codec, made, flags, how)
+        reward = load_weights(nets / "reward.safetensors", RewardModel(made), made, "reward").to(device)
+        net = codec
+        if how != "real":
+            net = load_weights(paths[name], VideoDiT(made), made, header["kind"]).to(device)
+        measured = score(net, codec, reward, made, flags, how)
         table[label] = {k: interval(v) for k, v in measured.items()}
         cells = " ".join(f"{k} {m:.3f}±{h:.3f}" for k, (m, h) in table[label].items())
-        print(f"{label:22} {cells}", flush=True)
+        print(f"{label:24} {cells}", flush=True)
+        if flags.stamp:
+            annotate(paths[name], **{f"measured, {how}": f"{cells} ({flags.clips} prompts x {flags.noises})"})
     path = Path(flags.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"clips": flags.clips, "noises": flags.noises, "rows": table}, indent=1)

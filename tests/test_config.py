@@ -106,7 +106,7 @@ def test_bare_booleans():
         (["--group=3"], ["batch=16", "group"]),
         (["--ema=1"], ["ema=1.0", "[0, 1)"]),
         (["--context_t=1"], ["context_t=1.0", "[0, 1)"]),
-        (["--heads=3"], ["dim=128", "even width"]),
+        (["--heads=3"], ["dim=160", "even width"]),
     ],
 )
 def test_refusals(argv, said):

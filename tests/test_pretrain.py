@@ -68,15 +68,6 @@ def test_bad_input(monkeypatch, tmp_path, capsys, flag, needle):
     assert stopped.value.code == 2 and needle in error and len(error.splitlines()) == 1
 
 
-def test_anchored_frames_are_less_noisy_in_half_of_the_clips():
-    t = torch.full((400, 16), 0.9)
-    out = pretrain.anchored(t, [rng_for("anchor", i) for i in range(400)])
-    assert (out <= t).all()
-    changed = (out < t).any(1).float().mean()
-    assert 0.4 < changed < 0.6, "about half of the clips, of which a frame in six"
-    assert 0.05 < (out < t).float().mean() < 0.12
-
-
 def test_straight_paths_cost_nothing_and_bent_ones_do():
     """Three equal frames do not bend, so the straightness term vanishes; three different ones do."""
     cfg = build("tiny", {})

@@ -288,8 +288,10 @@ def test_list_and_ring_stream_alike(tiny, model):
 
 
 def test_prompt_switch(tiny, model):
-    """Catches a switch that is a chunk early or late, and a cache that keeps the old prompt's keys."""
+    """Catches a switch that is a chunk early or late, a cache that keeps the old prompt's keys, and a lost
+    sink: what is encoded anew is the stream's first chunk and the two before the switch."""
     cfg = replace(tiny, window=4)
+    assert cfg.sink == 1
     old, new = words(cfg, 1, 0), words(cfg, 1, 1)
     cache = ListCache(model, cfg)
     with torch.no_grad():
@@ -297,7 +299,7 @@ def test_prompt_switch(tiny, model):
         video = stream(model, {0: old, 4: new}, cfg, rngs(1), chunks=6, cache=cache)
         switched = list(islice(video, 5))  # chunk 4 is drawn and not yet remembered
         fresh = ListCache(model, cfg)
-        for x in switched[1:4]:
+        for x in (switched[0], *switched[2:4]):
             fresh.commit(model(x, torch.zeros(x.shape[:2]), new, fresh)[1])
     assert all(torch.equal(a, b) for a, b in zip(plain[:4], switched[:4], strict=True))
     assert (plain[4] - switched[4]).abs().max() > 1e-2
