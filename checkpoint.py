@@ -15,7 +15,8 @@ from torch import nn
 from config import BadInput, Config
 
 # fields that a network's numbers depend on: weights made under other values are refused
-_NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk".split()
+_NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk"
+_DEPENDS = {"codec": "channels stride", "reward": "height width text_length text_width"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -79,7 +80,7 @@ def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Modul
     if header["kind"] != kind:
         raise BadInput(f"{path} holds a {header['kind']}; a {kind} is needed here")
     made = json.loads(header["config"])
-    for name in _NETWORK:
+    for name in _DEPENDS.get(kind, _NETWORK).split():
         if made.get(name) != getattr(cfg, name):
             raise BadInput(
                 f"{path} was made with {name}={made.get(name)}, this run has {name}={getattr(cfg, name)}"
@@ -141,3 +142,9 @@ def stop_on_signal() -> list[int]:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: caught.append(number))
     return caught
+
+
+def die_on_signal() -> None:
+    """Undo `stop_on_signal`: between two loops there is nothing to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)

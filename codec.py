@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from config import Config
+from config import BadInput, Config
 
 
 class _Res(nn.Module):
@@ -32,6 +32,11 @@ class Codec(nn.Module):
 
     def __init__(self, cfg: Config, width: int = 96):
         super().__init__()
+        if cfg.stride != 8 or cfg.time_stride != self.time_stride:
+            raise BadInput(
+                f"stride={cfg.stride} time_stride={cfg.time_stride} is not possible with the learned codec; "
+                f"allowed: 8 and {self.time_stride}"
+            )
         self.noise, self.straight = cfg.codec_noise, cfg.codec_straight
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, width // 3, 3, padding=1), nn.SiLU(),

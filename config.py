@@ -34,12 +34,12 @@ class Config:
     codec_noise: float = 0.15  # std of the noise on the unit-variance latent while the codec learns
     codec_straight: float = 0.002  # weight of the straightness of latent paths
     # transformer -----------------------------------------------------------------------------------------
-    patch: int = 2  # latent cells per token and side
+    patch: int = 1  # latent cells per token and side
     patch_time: int = 4  # latent frames per token: what moves within a token shows its velocity
-    dim: int = 160
-    ffn: int = 640
+    dim: int = 128
+    ffn: int = 512
     layers: int = 6
-    heads: int = 5
+    heads: int = 4
     time_freqs: int = 64  # width of the sinusoidal time embedding
     text_length: int = 5
     text_width: int = 64
@@ -116,6 +116,15 @@ class Config:
         check("sink", (self.sink == 0) == (self.sink_mode == "none"), "0 exactly when sink_mode=none")
         check("sink", self.sink_mode != "ema" or self.sink == 1, "1 when sink_mode=ema")
         check("sink_decay", 0 <= self.sink_decay <= 1, "within [0, 1]")
+        for name in ("beta1", "beta2"):
+            check(name, getattr(self, name) < 1, "within [0, 1)")
+        check("time_freqs", self.time_freqs % 2 == 0, "an even number")
+        check("objects", bool(self.data) or self.objects <= 8, "1 to 8, one a colour")
+        check(
+            "device",
+            self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"),
+            "auto | cpu | cuda",
+        )
         check("context_t", 0 <= self.context_t < 1, "within [0, 1)")
         grid = self.denoise
         falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
@@ -200,7 +209,7 @@ PRESETS: dict[str, Config] = {
     ),
     "wan-1.3b": Config(
         preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
-        patch_time=1, dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512,
+        patch=2, patch_time=1, dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512,
         text_width=4096, predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200,
         critic_steps=5, lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True,
         checkpointing=True, horizon=1, sink_decay=0.999,
@@ -210,7 +219,7 @@ PRESETS: dict[str, Config] = {
 _PLAIN = dict(beta=0.0, space=False, time=False, balance="none")
 METHODS: dict[str, dict] = {
     "self_forcing": dict(_PLAIN, window=0, sink=0, sink_mode="none"),
-    "reward_forcing": dict(_PLAIN, beta=0.5, axes=("MQ",)),
+    "reward_forcing": dict(space=False, time=False, balance="none", axes=("MQ",)),
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
 }

@@ -275,8 +275,16 @@ def read_clip(path: Path, cfg: Config) -> Tensor:
     path = Path(path)
     still = path.suffix.lower() in (".gif", ".webp", ".png", ".jpg", ".jpeg", ".bmp")
     try:
-        frames = iio.imread(path, index=..., plugin="pillow" if still else "FFMPEG")
-        skip = 1 if still else max(1, round(iio.immeta(path, plugin="FFMPEG")["fps"] / cfg.fps))
+        if still:
+            frames = iio.imread(path, index=..., plugin="pillow", mode="RGB")
+            duration = iio.immeta(path, plugin="pillow").get(
+                "duration", 0
+            )  # milliseconds; a picture has none
+            rate = 1000 / duration if duration else cfg.fps
+        else:
+            frames = iio.imread(path, index=..., plugin="FFMPEG")
+            rate = iio.immeta(path, plugin="FFMPEG")["fps"]
+        skip = max(1, round(rate / cfg.fps))
     except Exception as error:  # every decoder behind imageio raises errors of its own
         reason = (
             "no such file"

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import annotate, load_weights, read_header, write_atomically
+from checkpoint import annotate, load_weights, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import BadInput, Config, cli, from_cli, from_words
+from config import BadInput, Config, build, cli, from_words, read_cli
 from data import (
     BACKGROUNDS,
     COLOURS,
@@ -243,9 +243,9 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
-    device = pick_device(cfg)
-    nets = Path(flags.nets or f"assets/{cfg.preset}")
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    device = pick_device(build(preset, typed))
+    nets = Path(flags.nets or f"assets/{preset}")
     jobs = [("real, through the codec", "codec", "real")]
     jobs += [("teacher", "teacher", "teacher"), ("causal start", "causal", "within")]
     jobs += [("stream_r1", "stream_r1", "within"), ("stream_r1, 4x length", "stream_r1", "beyond")]
@@ -255,10 +255,14 @@ def main() -> None:
         jobs = [("student", "student", "within"), ("student, 4x length", "student", "beyond")]
     if flags.clips < 2 or flags.noises < 1:
         raise BadInput(f"clips={flags.clips} noises={flags.noises} is not possible; allowed: from 2, from 1")
-    table = {}
+    if flags.stamp and set(typed) - {"device"}:
+        raise BadInput(f"--stamp notes what the nets do as trained; leave out --{' --'.join(typed)}")
+    out, table = Path(flags.out), {}
+    writable_folder(str(out.parent))
+    headers = {name: read_header(path) for name, path in paths.items()}
     for label, name, how in jobs:
-        header = read_header(paths[name])
-        made = replace(from_words(header["config"]), device=device)
+        header = headers[name]
+        made = replace(from_words(header["config"]), **(typed | {"device": device}))
         codec = load_weights(nets / "codec.safetensors", Codec(made), made, "codec").to(device)
         reward = load_weights(nets / "reward.safetensors", RewardModel(made), made, "reward").to(device)
         net = codec
@@ -270,11 +274,9 @@ def main() -> None:
         print(f"{label:24} {cells}", flush=True)
         if flags.stamp:
             annotate(paths[name], **{f"measured, {how}": f"{cells} ({flags.clips} prompts x {flags.noises})"})
-    path = Path(flags.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"clips": flags.clips, "noises": flags.noises, "rows": table}, indent=1)
-    write_atomically(path, lambda name: name.write_text(text))
-    print(path)
+    write_atomically(out, lambda name: name.write_text(text))
+    print(out)
 
 
 if __name__ == "__main__":

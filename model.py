@@ -49,21 +49,24 @@ def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
 # -- positions ----------------------------------------
 
 
-class Rope(nn.Module):
-    """3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128)."""
+class Rope:
+    """3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128).
+
+    Frequencies are computed where they are used: as buffers they would follow a network into bf16.
+    """
 
     def __init__(self, head_dim: int):
-        super().__init__()
         space = 2 * (head_dim // 6)
-        for name, width in (("time", head_dim - 2 * space), ("space", space)):
-            steps = torch.arange(0, width, 2, dtype=torch.float64) / width
-            self.register_buffer(name, (10000.0**-steps).float(), persistent=False)
+        self.widths = (head_dim - 2 * space, space, space)
 
     def angles(self, frames: Tensor, h: int, w: int) -> Tensor:
         """Frame positions (f,) and a token grid → (2, f*h*w, 1, d/2): cosines and sines for every token."""
-        f = len(frames)
-        rows, columns = torch.arange(h, device=frames.device), torch.arange(w, device=frames.device)
-        at = [frames[:, None] * self.time, rows[:, None] * self.space, columns[:, None] * self.space]
+        f, device = len(frames), frames.device
+        places = (frames, torch.arange(h, device=device), torch.arange(w, device=device))
+        at = [
+            place[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+            for place, width in zip(places, self.widths, strict=True)
+        ]
         angle = torch.cat([
             at[0][:, None, None].expand(f, h, w, -1),
             at[1][None, :, None].expand(f, h, w, -1),
@@ -85,7 +88,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> Tensor:
-    """(f f) bool, row sees column: own chunk, the past, of it the last window - 1 and first sink."""
+    """(f f) bool, row sees column: own chunk and the past, of it the first `sink` chunks and the latest ones,
+    `window` chunks in all."""
     block = torch.arange(frames) // chunk
     query, key = block[:, None], block[None, :]
     near = key > query - window + sink if window else torch.ones(frames, frames, dtype=torch.bool)

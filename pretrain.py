@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from checkpoint import (
+    die_on_signal,
     load_state,
     load_weights,
     refuse_to_overwrite,
@@ -38,6 +39,8 @@ from plot import contact_sheet
 from processes import pick_device
 from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
+
+FREE = ("device", "save_every", "eval_every", "eval_clips", "max_bad")  # may change between run and resume
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Stage:
 
 STAGES = {
     "codec": Stage("codec", 4000, 32, 4e-3, "PSNR above 30 dB"),
-    "teacher": Stage("teacher", 10000, 48, 4e-3, "loss near 0.45"),
-    "causal": Stage("causal", 1200, 16, 1e-3, "loss near the teacher's"),
+    "teacher": Stage("teacher", 7000, 32, 4e-3, "loss near 0.3"),
+    "causal": Stage("causal", 800, 16, 1e-3, "loss near the teacher's"),
     "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
     "reward": Stage("reward", 2500, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
@@ -75,8 +78,10 @@ def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: F
     folder = writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
     opts = optimizers(net, stage.lr)
-    state = load_state(folder, cfg) if flags.resume else refuse_to_overwrite(folder)
+    state = load_state(folder, cfg, FREE) if flags.resume else refuse_to_overwrite(folder)
     if state:
+        if state["stage"] != asdict(stage):
+            raise BadInput(f"--resume: {folder} was made with {state['stage']}, this run has {asdict(stage)}")
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
         for opt, saved in zip(opts, state["opts"], strict=True):
@@ -84,7 +89,7 @@ def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: F
     stop = stop_on_signal()
     first = state["step"] if state else 0
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name, mininterval=2)
-    smooth = None
+    smooth, bad = None, 0
     for step in bar:
         warm, left = (step + 1) / 100, (stage.steps - step) / (0.4 * stage.steps)
         for opt in opts:
@@ -92,21 +97,26 @@ def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: F
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             loss = loss_of(net, averaged.module, step)
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
+        bad = 0 if finite else bad + 1
+        if bad >= cfg.max_bad:
+            sys.exit(f"{bad} steps in a row were not finite, stopped in step {step}; {folder} is intact")
         for opt in opts:
-            opt.step()
+            if finite:
+                opt.step()
             opt.zero_grad()
-        averaged.update_parameters(net)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if finite:
+            averaged.update_parameters(net)
+            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == stage.steps or stop:
-            state = {"net": net.state_dict(), "averaged": averaged.state_dict()}
-            save_state(
-                folder, step + 1, state | {"opts": [o.state_dict() for o in opts], "config": asdict(cfg)}
-            )
+            nets = {"net": net.state_dict(), "averaged": averaged.state_dict()}
+            run = {"opts": [o.state_dict() for o in opts], "config": asdict(cfg), "stage": asdict(stage)}
+            save_state(folder, step + 1, nets | run)
         if stop:
             print(f"stopped after step {step + 1}; --resume goes on from there")
             sys.exit(0)
+    die_on_signal()
     return averaged.module.eval()
 
 
@@ -231,10 +241,10 @@ def forced(net, x: Tensor, xt: Tensor, t: Tensor, text: Tensor, cfg: Config) -> 
 
 @torch.no_grad()
 def report_codec(net: Codec, cfg: Config, flags: Flags, count: int = 128) -> dict[str, str]:
-    """Held-out reconstruction: PSNR of clips that were not learnt from."""
+    """Reconstruction of the world's clips that were not learnt from, or of a folder's."""
     batch = source_of(cfg, "select").batch([("report", i) for i in range(count)])
     errors = [F.mse_loss(net.decode(net.encode(v)), v) for v in batch.video01.to(cfg.device).split(32)]
-    return {"held-out PSNR, dB": f"{-10 * torch.stack(errors).mean().log10():.1f}"}
+    return {"PSNR, dB": f"{-10 * torch.stack(errors).mean().log10():.1f}"}
 
 
 def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
@@ -285,9 +295,9 @@ def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 25
 
 @torch.no_grad()
 def report_reward(net: RewardModel, cfg: Config, flags: Flags, count: int = 256) -> dict[str, str]:
-    """Give scores mean 0 and unit spread over good and damaged clips → held-out accuracies.
+    """Give scores mean 0 and unit spread over good and damaged clips → accuracies on the select split.
 
-    Of pairs, and of real clips against clips of the models for other captions than those learnt from.
+    Of pairs, and of real clips against clips of the models.
     """
     codec = made("codec", Codec(cfg), cfg, flags)
     rngs = [rng_for("report", i) for i in range(count)]
@@ -310,8 +320,7 @@ def report_reward(net: RewardModel, cfg: Config, flags: Flags, count: int = 256)
     rivals_won = (best[:, None] > rival).float().mean((0, 1))
     facts = {"pair accuracy": pairs_won, "real above models' clips": rivals_won}
     return {
-        f"held-out {what}": " ".join(f"{a} {v:.3f}" for a, v in zip(AXES, won, strict=True))
-        for what, won in facts.items()
+        what: " ".join(f"{a} {v:.3f}" for a, v in zip(AXES, won, strict=True)) for what, won in facts.items()
     }
 
 
@@ -367,12 +376,14 @@ def main() -> None:
         start = time.perf_counter()
         net = TRAINERS[name](cfg, stage, source, flags)
         minutes = (time.perf_counter() - start) / 60
-        facts = {"steps": stage.steps, "minutes": f"{minutes:.1f}", "command": " ".join(sys.argv)}
+        facts = {"steps": stage.steps, "command": " ".join(sys.argv)}
+        facts["minutes"] = "unknown: resumed" if flags.resume else f"{minutes:.1f}"
         facts["vocabulary"] = " ".join(source.vocabulary)
         if name in REPORTS:
             measured = REPORTS[name](net, cfg, flags)
             print(*(f"{what}: {value}" for what, value in measured.items()), sep="\n", flush=True)
-            facts |= {f"measured, {what}": value for what, value in measured.items()}
+            where = "clips learnt from" if cfg.data else "held-out clips"  # a folder is not split
+            facts |= {f"measured on {where}, {what}": value for what, value in measured.items()}
         kind = "causal" if name == "consistency" else name  # either can be where a student starts
         save_weights(out / f"{name}.safetensors", net, cfg, kind, **facts)
         show(name, net, cfg, source, out)

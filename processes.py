@@ -26,6 +26,8 @@ def start(cfg: Config) -> tuple[int, int, str]:
 def pick_device(cfg: Config) -> str:
     if cfg.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device != "cpu" and not torch.cuda.is_available():
+        raise BadInput(f"device={cfg.device} is not possible: torch sees no CUDA device; allowed: auto | cpu")
     return cfg.device
 
 

@@ -98,11 +98,11 @@ class Balancer:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.history: deque[list[float]] = deque(maxlen=cfg.balance_window)
+        self.history: deque[list[float]] = deque(maxlen=cfg.balance_window * cfg.accumulate)
 
     def improvement(self) -> Tensor | None:
         """Δ (s,), or None during warm-up."""
-        if len(self.history) < self.cfg.balance_window:
+        if len(self.history) < self.history.maxlen:
             return None
         scores = torch.tensor(list(self.history))
         half = len(scores) // 2
@@ -125,7 +125,7 @@ class Balancer:
         return list(self.history)
 
     def load_state_dict(self, history: list[list[float]]) -> None:
-        self.history = deque(history, maxlen=self.cfg.balance_window)
+        self.history = deque(history, maxlen=self.history.maxlen)
 
 
 def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
@@ -137,9 +137,8 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
     """
     r = r.detach()
     if cfg.group > 1:
-        r = (
-            rearrange(r, "(p k) -> p k", k=cfg.group) - reduce(r, "(p k) -> p 1", "mean", k=cfg.group)
-        ).flatten()
+        r = rearrange(r, "(p k) -> p k", k=cfg.group)
+        r = (r - r.nanmean(1, keepdim=True)).flatten()
     sane = r.isfinite()
     if cfg.weight == "softmax":
         w = sane.sum() * torch.where(sane, cfg.beta * r, -torch.inf).softmax(0)

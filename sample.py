@@ -55,11 +55,12 @@ def main() -> None:
     student_path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
     header = read_header(student_path)
     cfg = student_config(header, preset, typed, flags.steps)
-    texts = schedule(flags.prompt, cfg, header.get("vocabulary", "").split())
     student = load_weights(student_path, VideoDiT(cfg), cfg, header["kind"]).to(cfg.device)
     codec_path = Path(flags.codec or student_path.with_name("codec.safetensors"))
     codec = load_weights(codec_path, Codec(cfg), cfg, "codec").to(cfg.device)
     given = start_from(flags.init, codec, cfg)
+    shown = 0 if given is None else given.shape[1]
+    texts = schedule(flags, cfg, header.get("vocabulary", "").split(), shown)
 
     seconds: list[float] = []
     first: list[Tensor] = []
@@ -124,19 +125,20 @@ def check_output(flags: Flags) -> Path:
     return out
 
 
-def schedule(prompts: list[str], cfg: Config, vocabulary: list[str]) -> dict[int, Tensor]:
-    """["A", "B@48"] → {chunk index: text (1 l e)}. Raises BadInput."""
-    texts = {}
-    for i, prompt in enumerate(prompts):
-        prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", "0")
-        if not frame.strip().isdigit() or int(frame) % (cfg.chunk * cfg.time_stride) or bool(at) != bool(i):
-            allowed = (
-                f"the first has no @, the others end in @FRAME, a multiple of {cfg.chunk * cfg.time_stride}"
-            )
-            raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed}")
+def schedule(flags: Flags, cfg: Config, vocabulary: list[str], given: int) -> dict[int, Tensor]:
+    """["A", "B@48"] → {chunk to be made: text (1 l e)}; `given` latent frames come first. Raises BadInput."""
+    texts, last, step = {}, given * cfg.time_stride, cfg.chunk * cfg.time_stride
+    for i, prompt in enumerate(flags.prompt):
+        prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", str(last))
+        fine = bool(at) == bool(i) and frame.strip().isdigit() and int(frame) % step == 0
+        if not fine or i and not last < int(frame) < flags.frames:
+            allowed = f"the first has no @, the others end in @FRAME, rising multiples of {step}"
+            between = f"after {last} and before --frames={flags.frames}"
+            raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed} {between}")
+        last = int(frame)
         words = understand(prompt, cfg, vocabulary)
-        index = int(frame) // (cfg.chunk * cfg.time_stride)
-        texts[index] = tokenize([words], cfg.text_length, cfg.text_width).to(cfg.device)
+        text = tokenize([words], cfg.text_length, cfg.text_width).to(cfg.device)
+        texts[last // step - given // cfg.chunk] = text
     return texts
 
 

@@ -97,7 +97,7 @@ def main() -> None:
         range(run.step, cfg.steps), initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0
     )
     if run.step == 0:
-        sheet(run, "before")
+        sheet(run, "before", run.student)
         for i in range(cfg.critic_warmup):
             update_critic(run, "warm-up", i)
     for step in bar:
@@ -105,7 +105,8 @@ def main() -> None:
         stats = update_student(run, step)
         for i in range(cfg.critic_steps):
             behind = update_critic(run, "critic", step, i)
-            stats["critic"], stats["dropped"] = behind["critic"], stats["dropped"] + behind["dropped"]
+            stats |= {"critic": behind["critic"], "critic_grad_norm": behind["grad_norm"]}
+            stats["dropped"] += behind["dropped"]
         run.step = step + 1
         give_up_if_broken(run, stats)
         stats["seconds"] = time.perf_counter() - start
@@ -122,13 +123,15 @@ def main() -> None:
 
 def update_student(run: Run, step: int) -> dict[str, float]:
     """Move the student along the weighted DMD gradient on one batch of its own rollouts."""
-    cfg, dropped = run.cfg, 0.0
+    cfg, total = run.cfg, {}
     for micro in range(cfg.accumulate):
         rngs, text = draw(run, "student", step, micro=micro)
         # 1. the student dreams a video the way it will at inference
         chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
         with processes.autocast(cfg):
             x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
+        if not x.isfinite().all():
+            x, rngs = without_broken(run, x, text, chunks, exit, ("student", step), micro)
         # 2. how far to trust the teacher on this rollout, and where
         w, stats = weigh(run, x.detach(), text)
         # 3. what would make it more like the teacher's videos
@@ -140,12 +143,28 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         w = w.expand(len(x), -1, -1, -1, -1)
         loss = dmd_loss(x[finite], g[finite], w[finite]) if finite.any() else 0 * x.nan_to_num().sum()
         (loss * finite.float().mean() / cfg.accumulate).backward()
-        dropped += (~finite).sum() * run.world
-        stats |= {"dmd": g.abs().mean(), "dropped": dropped, "exit": exit, "frames": chunks * cfg.chunk}
-    stats = processes.mean(stats, cfg.device)
+        stats |= {"dmd": g.abs().mean(), "exit": exit, "frames": chunks * cfg.chunk}
+        stats["dropped"] = (~finite).sum() * run.world * cfg.accumulate
+        total = {k: total.get(k, 0.0) + float(v) / cfg.accumulate for k, v in stats.items()}
+    stats = processes.mean(total, cfg.device)
     stats["grad_norm"] = update(run.student, run.student_opt, cfg)
     run.ema.update_parameters(run.student)
     return stats
+
+
+def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, key: tuple, micro: int):
+    """Roll the finite samples of x (b f c h w) out again by themselves → x, generators.
+
+    A NaN inside the graph would reach every weight, even multiplied by zero.
+    """
+    sane = x.isfinite().flatten(1).all(1)
+    rngs, _ = draw(run, *key, micro=micro)
+    x = x.detach().clone()
+    if sane.any():
+        kept = [g for g, ok in zip(rngs, sane.tolist(), strict=True) if ok]
+        with processes.autocast(run.cfg):
+            x[sane] = rollout(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
+    return x, rngs
 
 
 def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
@@ -179,10 +198,10 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
         with processes.autocast(cfg):
             with torch.no_grad():
                 x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
-            noise = randn(rngs, *x.shape[1:], device=cfg.device)
-            losses = critic_loss(run.critic, x, text, sample_t(rngs, cfg, cfg.device), noise)
-        finite = losses.isfinite()
-        loss = losses[finite].sum() / len(losses)
+            t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
+            finite = x.isfinite().flatten(1).all(1)
+            losses = critic_loss(run.critic, x[finite], text[finite], t[finite], noise[finite])
+        loss = losses.sum() / len(x)
         (loss / cfg.accumulate).backward()
         total, dropped = total + loss.detach() / cfg.accumulate, dropped + (~finite).sum() * run.world
     stats = processes.mean({"critic": total, "dropped": dropped}, cfg.device)
@@ -202,7 +221,8 @@ def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
 
 def give_up_if_broken(run: Run, stats: dict[str, float]) -> None:
     """Single non-finite samples are dropped and counted; too many steps with some in a row end the run."""
-    run.bad = run.bad + 1 if stats["dropped"] or not math.isfinite(stats["grad_norm"]) else 0
+    finite = math.isfinite(stats["grad_norm"] + stats["critic_grad_norm"])
+    run.bad = run.bad + 1 if stats["dropped"] or not finite else 0
     if run.bad >= run.cfg.max_bad:
         what = f"{run.bad} steps in a row had non-finite samples, stopped in step {run.step}"
         sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
@@ -252,9 +272,9 @@ def select(run: Run) -> dict[str, float]:
     return stats
 
 
-def sheet(run: Run, name: str) -> None:
+def sheet(run: Run, name: str, net: nn.Module) -> None:
     if run.rank == 0:
-        video01, prompts = imagine(run, run.ema.module, 6, run.cfg.chunks)
+        video01, prompts = imagine(run, net, 6, run.cfg.chunks)
         contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)))
 
 
@@ -323,15 +343,12 @@ def restore(run: Run, state: dict) -> None:
 
 
 def finish(run: Run, flags: Flags) -> None:
-    if run.step >= run.cfg.steps:
-        sheet(run, "after")
-        where = (
-            f"student {run.out}/student.safetensors (held-out score {run.best:.3f}), sheets {run.out}/*.png"
-        )
-    else:
-        where = f"stopped after step {run.step}; --resume goes on from there"
-    if run.rank == 0:
-        print(where, flush=True)
+    if run.rank == 0 and run.step < run.cfg.steps:
+        print(f"stopped after step {run.step}; --resume goes on from there", flush=True)
+    elif run.rank == 0:
+        path = run.out / "student.safetensors"
+        sheet(run, "after", load_weights(path, run.ema.module, run.cfg, "student"))
+        print(f"student {path} (held-out score {run.best:.3f}), sheets {run.out}/*.png", flush=True)
     processes.stop()
 
 

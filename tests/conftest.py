@@ -14,7 +14,7 @@ def tiny() -> Config:
     fit."""
     return replace(
         PRESETS["tiny"], dim=48, heads=2, ffn=96, layers=2, height=32, width=48, channels=5, frames=8,
-        chunk=2, patch_time=1, text_length=7, text_width=16, time_freqs=32, batch=2,
+        chunk=2, patch=2, patch_time=1, text_length=7, text_width=16, time_freqs=32, batch=2,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 
 import pretrain
 from config import BadInput, build, cli
-from data import ClipFolder, understand
+from data import ClipFolder, read_clip, understand
 
 
 def draw(path, frames=24, size=(48, 64), still=False):
@@ -92,6 +92,18 @@ def test_a_prompt_longer_than_the_model_reads_is_refused(folder):
 def test_longer_windows_run_back_from_the_end(folder):
     source = ClipFolder(build("tiny", {}), str(folder))
     assert source.batch([(0, 1)], torch.arange(64)).video01.isfinite().all()
+
+
+def test_rate_and_palette_of_pictures(folder):
+    """A gif of 25 frames a second gives every third frame; a grey picture gets three channels."""
+    draw(folder / "0.gif")
+    iio.imwrite(folder / "fast.gif", np.stack([np.full((32, 32, 3), 8 * i, np.uint8) for i in range(24)]),
+                plugin="pillow", duration=40, loop=0)  # fmt: skip
+    iio.imwrite(folder / "grey.png", np.full((32, 32), 77, np.uint8))
+    cfg = build("tiny", {})
+    assert len(read_clip(folder / "fast.gif", cfg)) == 8 and len(read_clip(folder / "0.gif", cfg)) == 24
+    grey = read_clip(folder / "grey.png", cfg)
+    assert grey.shape == (1, 3, 32, 32) and (grey == 77).all()
 
 
 def test_csv_metadata(folder):

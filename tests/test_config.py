@@ -93,7 +93,7 @@ def test_bare_booleans():
         (["--lr=nan"], ["lr=nan", "positive"]),
         (["--taper=543"], ["taper=543", "uniform | 5432 | 432 | first"]),
         (["--context=dirty"], ["context=dirty", "clean | noisy | none"]),
-        (["--height=40"], ["height=40", "multiple of 16"]),
+        (["--height=36"], ["height=36", "multiple of 8"]),
         (["--frames=18"], ["frames=18", "multiple of chunk=4"]),
         (["--window=2"], ["window=2", "more than sink + 1"]),
         (["--sink=0"], ["sink=0", "sink_mode=none"]),
@@ -106,7 +106,7 @@ def test_bare_booleans():
         (["--group=3"], ["batch=16", "group"]),
         (["--ema=1"], ["ema=1.0", "[0, 1)"]),
         (["--context_t=1"], ["context_t=1.0", "[0, 1)"]),
-        (["--heads=3"], ["dim=160", "even width"]),
+        (["--heads=3"], ["dim=128", "even width"]),
     ],
 )
 def test_refusals(argv, said):

@@ -312,6 +312,18 @@ def test_ema_sink_equals_its_definition(tiny, model, kind, dtype):
 # -- positions -----------------------------------------------------------------------------------------------
 
 
+def test_angles_are_exact_whatever_the_networks_precision(tiny, build):
+    """Wan's split 44 + 42 + 42 against float64, after the network was cast to bf16: catches frequencies that
+    follow it there, where position 80 is wrong by a third of a radian."""
+    cfg = replace(tiny, dim=256, heads=2)
+    cos, sin = build(cfg).to(torch.bfloat16).rope.angles(torch.tensor([0, 7, 80]), 2, 3)
+    place = torch.cartesian_prod(torch.tensor([0, 7, 80]), torch.arange(2), torch.arange(3)).double()
+    freqs = [10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n) for n in (44, 42, 42)]
+    angle = torch.cat([place[:, i : i + 1] * f for i, f in enumerate(freqs)], dim=1)[:, None]
+    torch.testing.assert_close(cos.double(), angle.cos(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(sin.double(), angle.sin(), atol=2e-5, rtol=0)
+
+
 def test_only_differences_of_positions_matter(tiny, model):
     """Would catch an absolute position anywhere, and a rotation of queries that is not the keys'."""
     x, t, text = inputs(tiny, 8)

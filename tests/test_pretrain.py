@@ -68,6 +68,34 @@ def test_bad_input(monkeypatch, tmp_path, capsys, flag, needle):
     assert stopped.value.code == 2 and needle in error and len(error.splitlines()) == 1
 
 
+def test_a_broken_step_is_skipped_and_many_end_the_run(monkeypatch, tmp_path):
+    """One NaN loss changes no weight; cfg.max_bad of them in a row stop the stage, its last state intact."""
+    real, poison = Codec.loss, set()
+
+    def loss(self, video01, noise):
+        poison.add(len(poison))
+        return real(self, video01, noise) * (float("nan") if len(poison) in bad else 1)
+
+    monkeypatch.setattr(Codec, "loss", loss)
+    bad = {2}
+    call(monkeypatch, *SMALL, "--stage=codec", "--steps=3", f"--out={tmp_path / 'one'}")
+    net = torch.load(tmp_path / "one" / "codec-state" / "step_000003.pt", weights_only=True)["net"]
+    assert all(v.isfinite().all() for v in net.values())
+    poison.clear()
+    bad = set(range(2, 99))
+    with pytest.raises(SystemExit, match="not finite"):
+        call(monkeypatch, *SMALL, "--stage=codec", "--steps=50", f"--out={tmp_path / 'two'}", "--max_bad=3")
+    assert not (tmp_path / "two" / "codec.safetensors").exists()
+
+
+def test_a_stage_is_not_resumed_with_another_length(monkeypatch, tmp_path, capsys):
+    argv = (*SMALL, "--stage=codec", f"--out={tmp_path}")
+    call(monkeypatch, *argv, "--steps=1")
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *argv, "--steps=2", "--resume")
+    assert stopped.value.code == 2 and "'steps': 1" in capsys.readouterr().err
+
+
 def test_straight_paths_cost_nothing_and_bent_ones_do():
     """Three equal frames do not bend, so the straightness term vanishes; three different ones do."""
     cfg = build("tiny", {})

@@ -92,7 +92,7 @@ def test_budgets():
     assert total <= TOTAL, f"{total} lines of product code; the budget is {TOTAL}"
 
 
-TOTAL = 3300
+TOTAL = 3400
 
 
 def depth(node, level=0) -> int:

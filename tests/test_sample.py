@@ -75,12 +75,29 @@ def test_goes_on_from_a_clip_or_a_picture(call, tmp_path, name):
     assert len(with_init) == 16 and not np.array_equal(with_init[-4:], without[-4:])
 
 
+def test_a_switch_counts_the_given_frames(call, tmp_path):
+    """Eight given frames, a new prompt at frame 12: equal up to there, different from there on."""
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
+    iio.imwrite(tmp_path / "given.webp", pixels, plugin="pillow", duration=125, lossless=True)
+    first = [
+        f"--init={tmp_path / 'given.webp'}",
+        "--frames=20",
+        "--prompt",
+        "a red circle moving left slowly",
+    ]
+    plain = frames_of(call(*first, out="a.webp"))
+    switched = frames_of(call(*first, "--prompt", "a blue ring still on white@12", out="b.webp"))
+    assert np.array_equal(plain[:12], switched[:12]) and not np.array_equal(plain[12:16], switched[12:16])
+
+
 BAD = {
     "word": (["--prompt", "a red cirle"], "circle"),
     "empty": (["--prompt", ""], "empty"),
     "contradiction": (["--prompt", "a red blue circle"], "contradict"),
     "objects": (["--prompt", "a red ring and a blue ring"], "at most 1"),
-    "switch": (["--prompt", "a red ring", "--prompt", "a blue ring@3"], "multiple of 4"),
+    "switch": (["--prompt", "a red ring", "--prompt", "a blue ring@3"], "multiples of 4"),
+    "switch too late": (["--prompt", "a red ring", "--prompt", "a blue ring@64"], "before --frames=64"),
+    "switch twice": (["--prompt", "a red ring", *["--prompt", "a blue ring@8"] * 2], "after 8"),
     "ending": (["--out=clip.avi"], ".mp4"),
     "folder": (["--out=/proc/none/clip.mp4"], "cannot be written"),
     "frames": (["--frames=-1"], "frames"),
@@ -105,7 +122,7 @@ def test_unwritable_output_fails_before_the_work(call, monkeypatch):
 
 
 def test_streams_without_keeping_the_past(nets):  # noqa: F811
-    """30 chunks: what the stream holds on to does not grow (the cache's chunks and the recent latents)."""
+    """30 chunks: the cache does not grow (for latents kept beside it see test_a_stream_does_not_grow)."""
     header = sample.read_header(nets / "stream_r1.safetensors")
     cfg = sample.student_config(header, "tiny", {"device": "cpu"}, 0)
     student = sample.load_weights(nets / "stream_r1.safetensors", sample.VideoDiT(cfg), cfg, "student")

@@ -110,14 +110,16 @@ save_state({str(tmp_path)!r}, 2, {{"config": asdict(Config()), "x": torch.zeros(
 def test_two_processes_equal_one(nets, tmp_path):
     """gloo, half the batch each: the same rollouts, rewards and gradients as one process with all of it."""
     for processes in (1, 2):
-        more = ("--steps=2", "--weight=softmax", "--group=2")
+        more = ("--steps=3", "--weight=softmax", "--group=2", "--balance_window=2", "--balance=axis_weights")
         done = call(nets, tmp_path / str(processes), *more, processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     for a, b in zip(one, two, strict=True):
         for key in ("dmd", "critic", "VQ", "MQ", "TA", "w_inter", "ess", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), key
-    a, b = state(tmp_path / "1", 2)["student"], state(tmp_path / "2", 2)["student"]
+    alone, pair = state(tmp_path / "1", 3), state(tmp_path / "2", 3)
+    assert_close(torch.tensor(alone["balancer"]), torch.tensor(pair["balancer"]), atol=1e-4, rtol=2e-3)
+    a, b = alone["student"], pair["student"]
     gap = torch.cat([(a[k] - b[k]).abs().flatten() for k in a]).mean()
     # with beta1 = 0 Adam turns the sign of a vanishing gradient into a whole step of 2e-4: hence the mean
     assert gap < 5e-6
@@ -167,6 +169,28 @@ def test_every_method_takes_a_step(nets, tmp_path, monkeypatch, method):
     assert metrics(tmp_path)[0]["grad_norm"] > 0
 
 
+def test_one_broken_sample_is_left_out_of_the_step(nets, tmp_path, monkeypatch):
+    """A caption that is not a number breaks its rollout; the other three still teach, and count for three
+    quarters. Catches a NaN that reaches every weight through a product with zero."""
+    real = train.draw
+
+    def poisoned(run, *key, micro):
+        rngs, text = real(run, *key, micro=micro)
+        text[0] = float("nan")
+        return rngs, text
+
+    for name, draw in (("whole", real), ("broken", poisoned)):
+        monkeypatch.setattr(train, "draw", draw)
+        argv = (f"--nets={nets}", f"--out={tmp_path / name}", *KEYS, "--steps=1", "--critic_warmup=0")
+        in_process(monkeypatch, train, *argv)
+    whole, broken = metrics(tmp_path / "whole")[0], metrics(tmp_path / "broken")[0]
+    assert (whole["dropped"], broken["dropped"]) == (0, 2), "the student's and the critic's"
+    for norm in ("grad_norm", "critic_grad_norm"):
+        assert 0.2 < broken[norm] / whole[norm] < 2
+    moved, start = state(tmp_path / "broken", 1)["student"], state(tmp_path / "whole", 1)["student"]
+    assert all(moved[k].isfinite().all() for k in moved) and any((moved[k] != start[k]).any() for k in moved)
+
+
 def test_non_finite_samples_are_counted_and_stop_the_run(nets, tmp_path, monkeypatch):
     """No finite sample: no weight moves, all are counted, the run stops, its checkpoint stays."""
     argv = (f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--method=self_forcing", "--save_every=1")
@@ -179,7 +203,7 @@ def test_non_finite_samples_are_counted_and_stop_the_run(nets, tmp_path, monkeyp
         return g * 0, finite & False
 
     monkeypatch.setattr(train, "dmd_gradient", poisoned)
-    monkeypatch.setattr(train, "update_critic", lambda *a: {"critic": 0.0, "dropped": 0.0})
+    monkeypatch.setattr(train, "update_critic", lambda *a: {"critic": 0.0, "dropped": 0.0, "grad_norm": 0.0})
     with pytest.raises(SystemExit) as stopped:
         in_process(monkeypatch, train, *argv, "--steps=50", "--max_bad=3", "--save_every=100", "--resume")
     assert "non-finite" in str(stopped.value)
