@@ -47,6 +47,7 @@ FREE = ("device", "save_every", "eval_every", "eval_clips", "max_bad")  # may ch
 class Flags:
     stage: str = "all"  # codec | teacher | causal | consistency (optional) | reward | all
     out: str = "out/pretrain"
+    start: str = ""  # an earlier teacher to go on from, the learning rate rising and falling anew
     rivals: str = ""  # students whose clips the reward model learns to put below real ones, comma-separated
     resume: bool = False
     steps: int = 0  # 0: the stage's own
@@ -69,7 +70,7 @@ STAGES = {
     "teacher": Stage("teacher", 7000, 32, 4e-3, "loss near 0.3"),
     "causal": Stage("causal", 800, 16, 1e-3, "loss near the teacher's"),
     "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
-    "reward": Stage("reward", 2500, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
+    "reward": Stage("reward", 1000, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
 
 
@@ -173,6 +174,9 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip."""
     codec = made("codec", Codec(cfg), cfg, flags)
     torch.manual_seed(cfg.seed)
+    net = VideoDiT(cfg)
+    if flags.start:
+        load_weights(flags.start, net, cfg, "teacher").train()
 
     def loss_of(net, averaged, step):
         x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)
@@ -181,7 +185,7 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
         v, _ = net(add_noise(x, noise, t), t, text)
         return F.mse_loss(v, noise - x)
 
-    return learn(stage, VideoDiT(cfg).to(cfg.device), loss_of, cfg, flags)
+    return learn(stage, net.to(cfg.device), loss_of, cfg, flags)
 
 
 def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
