@@ -77,7 +77,7 @@ class Config:
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0
-    steps: int = 200  # student updates
+    steps: int = 100  # student updates
     batch: int = 16  # clips per step over all processes
     accumulate: int = 1  # micro-batches per update and process
     critic_steps: int = 2  # critic updates per student update

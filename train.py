@@ -264,6 +264,7 @@ def select(run: Run) -> dict[str, float]:
         scores = measure(*imagine(run, run.ema.module, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
         stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
         score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
+        score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
     if score >= run.best:
         run.best = score
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
