@@ -25,6 +25,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors leaves files that only their owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -82,9 +83,8 @@ def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Modul
     made = json.loads(header["config"])
     for name in _DEPENDS.get(kind, _NETWORK).split():
         if made.get(name) != getattr(cfg, name):
-            raise BadInput(
-                f"{path} was made with {name}={made.get(name)}, this run has {name}={getattr(cfg, name)}"
-            )
+            now = f"this run has {name}={getattr(cfg, name)}"
+            raise BadInput(f"{path} was made with {name}={made.get(name)}, {now}")
     try:
         net.load_state_dict(load_file(path))
     except RuntimeError as error:
@@ -109,11 +109,9 @@ def refuse_to_overwrite(folder: Path) -> None:
 
 
 def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | None:
-    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of a run with another
-    config.
+    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of another config.
 
-    `free` names config fields that may change between a run and its continuation (how long, how often to
-    save).
+    `free` names fields that may change between a run and its continuation (how long, how often to save).
     """
     paths = sorted(Path(folder).glob("step_*.pt"))
     if not paths:
@@ -121,18 +119,16 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | 
     try:
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is cut short or not its own
-        raise BadInput(
-            f"{paths[-1]} cannot be read ({type(error).__name__}); delete it to go on from the one before"
-        ) from error
+        what = f"{paths[-1]} cannot be read ({type(error).__name__})"
+        raise BadInput(f"{what}; delete it to go on from the one before") from error
     if not isinstance(state, dict) or "config" not in state:
         raise BadInput(f"{paths[-1]} is no state of this project: it holds no config")
     for f in fields(Config):
         then, now = state["config"].get(f.name, f.default), getattr(cfg, f.name)
         then = tuple(then) if isinstance(then, list) else then
         if f.name not in free and then != now:
-            raise BadInput(
-                f"--resume: {paths[-1]} was made with {f.name}={then}, this run has {f.name}={now}"
-            )
+            made = f"{paths[-1]} was made with {f.name}={then}"
+            raise BadInput(f"--resume: {made}, this run has {f.name}={now}")
     return state
 
 

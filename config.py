@@ -99,7 +99,11 @@ class Config:
     max_bad: int = 8  # steps in a row with a non-finite sample before the run stops
 
     def __post_init__(self):
-        check = _Checker(self)
+
+        def check(name: str, fine: bool, allowed: str):
+            if not fine:
+                raise BadInput(f"{name}={getattr(self, name)} is not possible; allowed: {allowed}")
+
         for name in _POSITIVE:
             check(name, getattr(self, name) > 0, "a positive number")
         for name in _NOT_NEGATIVE:
@@ -120,25 +124,17 @@ class Config:
             check(name, getattr(self, name) < 1, "within [0, 1)")
         check("time_freqs", self.time_freqs % 2 == 0, "an even number")
         check("objects", bool(self.data) or self.objects <= 8, "1 to 8, one a colour")
-        check(
-            "device",
-            self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"),
-            "auto | cpu | cuda",
-        )
+        check("device", self.device.split(":")[0] in ("auto", "cpu", "cuda"), "auto | cpu | cuda")
         check("context_t", 0 <= self.context_t < 1, "within [0, 1)")
         grid = self.denoise
         falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
-        check(
-            "denoise", bool(grid) and grid[0] == 1 and grid[-1] > 0 and falling, "1.0, ... falling, above 0"
-        )
+        falling &= bool(grid) and grid[0] == 1 and grid[-1] > 0
+        check("denoise", falling, "1.0, ... falling, above 0")
         check("t_min", 0 <= self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("ema", 0 <= self.ema < 1, "within [0, 1)")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
-        check(
-            "text_length",
-            bool(self.data) or self.text_length > 4 * self.objects,
-            "4 words per object and one more",
-        )
+        enough = bool(self.data) or self.text_length > 4 * self.objects
+        check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
 
@@ -190,15 +186,6 @@ _CHOICES = {
     "weight": ("exp", "softmax"),
     "balance": ("none", "penalty", "axis_weights"),
 }
-
-
-class _Checker:
-    def __init__(self, config):
-        self.config = config
-
-    def __call__(self, name: str, fine: bool, allowed: str):
-        if not fine:
-            raise BadInput(f"{name}={getattr(self.config, name)} is not possible; allowed: {allowed}")
 
 
 PRESETS: dict[str, Config] = {
@@ -254,18 +241,16 @@ def _add_field(parser: argparse.ArgumentParser, f) -> None:
 
 
 def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
-    """Read `[preset] [--key=value ...]` → (Config, flags instance or None): preset, then method, then what
-    was typed.
+    """Read `[preset] [--key=value ...]` → (Config, flags or None). Raises BadInput.
 
-    `flags` is a dataclass with a script's own options; where it shares a name with Config, it wins. Raises
-    BadInput.
+    `flags` is a dataclass with a script's own options; where it shares a name with Config, it wins.
     """
     preset, typed, own = read_cli(argv, flags, doc)
     return build(preset, typed), own
 
 
 def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str, dict, object]:
-    """The same, before it becomes a Config → (preset, typed fields of Config, flags instance or None)."""
+    """The same, before it becomes a Config → (preset, typed fields of Config, flags or None)."""
     own = {f.name: f for f in fields(flags)} if flags else {}
     shared = {f.name: f for f in fields(Config) if f.name not in own and f.name != "preset"}
     parser = _Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
@@ -273,7 +258,7 @@ def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str,
     parser.add_argument("preset", nargs="?", default="tiny", help=" | ".join(PRESETS))
     for f in (*own.values(), *shared.values()):
         _add_field(parser, f)
-    known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    known, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].lstrip("-").partition("=")[0]
         near = difflib.get_close_matches(word, [*own, *shared], 1)
@@ -297,11 +282,18 @@ def build(preset: str, typed: dict) -> Config:
     return replace(PRESETS[preset], **(METHODS[method] | typed))
 
 
-def from_words(text: str) -> Config:
-    """The inverse of json.dumps(asdict(config)); fields that have since been added keep their defaults."""
-    made = json.loads(text)
+def from_words(text: str, typed: dict | None = None) -> Config:
+    """json.dumps(asdict(config)) from a checkpoint's header, then what was typed → Config. Raises BadInput.
+
+    Fields that were added since keep their defaults; a method is what the weights were trained with.
+    """
     known = {f.name for f in fields(Config)}
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items() if k in known})
+    made = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k in known}
+    typed = typed or {}
+    if typed.get("method", made["method"]) != made["method"]:
+        what = f"method={typed['method']} is not possible with weights of {made['method']}"
+        raise BadInput(f"{what}; type the fields it stands for (config.py), such as --taper or --context")
+    return Config(**(made | typed))
 
 
 def cli(main: Callable[[], None]) -> None:

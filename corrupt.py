@@ -57,9 +57,8 @@ def worse_motion(long01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
         bad = long01[time + (time >= cut) * (2 + _choice(rng, frames - 1))]
     elif kind == "stall":
         start, length = _choice(rng, frames // 2), frames // 4 + _choice(rng, frames // 2)
-        bad = long01[
-            torch.where(time < start, time, torch.where(time < start + length, start, time - length))
-        ]
+        after = torch.where(time < start + length, start, time - length)
+        bad = long01[torch.where(time < start, time, after)]
     elif kind == "speed":
         bad = long01[2 * time if _choice(rng, 2) else time // 2]
     elif kind == "reverse":
@@ -80,9 +79,7 @@ def _jitter(video01: Tensor, rng: torch.Generator) -> Tensor:
 
 def wrong_words(meaning: list[str], rng: torch.Generator) -> list[str]:
     """The same caption with one of its words replaced by another of its kind. Silent places stay silent."""
-    kinds = [tuple(COLOURS), SHAPES, tuple(MOTIONS), tuple(SPEEDS)] * (len(meaning) // 4) + [
-        tuple(BACKGROUNDS)
-    ]
+    kinds = [COLOURS, SHAPES, MOTIONS, SPEEDS] * (len(meaning) // 4) + [BACKGROUNDS]
     spoken = [i for i, word in enumerate(meaning) if word]
     place = spoken[_choice(rng, len(spoken))]
     others = [w for w in kinds[place] if w != meaning[place]]
@@ -91,9 +88,7 @@ def wrong_words(meaning: list[str], rng: torch.Generator) -> list[str]:
     return [*meaning[:place], others[_choice(rng, len(others))], *meaning[place + 1 :]]
 
 
-def pairs(
-    long01: Tensor, words: list[list[str]], rngs: list, free: bool
-) -> tuple[Tensor, list[Tensor], list[list[list[str]]]]:
+def pairs(long01: Tensor, words: list[list[str]], rngs: list, free: bool) -> tuple[Tensor, list, list]:
     """(b 2F 3 H W) → good (b F 3 H W), [worse looks, worse motion], captions [right, 3 x wrong]."""
     frames = long01.shape[1] // 2
     good = long01[:, :frames]

@@ -75,8 +75,7 @@ def _vector(word: str, width: int) -> Tensor:
 
 
 def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
-    """Words → (b l e): a fixed pseudo-random vector per word plus one per place; absent words and padding are
-    zero.
+    """Words → (b l e): a fixed pseudo-random vector per word plus one per place; zero where none is.
 
     Nothing is learned here: the transformer's own text embedding (Wan's two linear layers) does that.
     """
@@ -89,8 +88,7 @@ def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
 
 
 def parse(prompt: str, objects: int) -> list[str]:
-    """A prompt in free word order → its meaning in fixed order: (colour shape motion speed) per object,
-    background.
+    """A prompt in any order → its meaning in fixed order: (colour shape motion speed) per object, background.
 
     What the prompt leaves open is "". Raises BadInput for unknown words (with the nearest known one), for an
     empty prompt, for an object described twice over, and for more objects than the model was trained on.
@@ -111,9 +109,7 @@ def parse(prompt: str, objects: int) -> list[str]:
     if not background and not any(word for thing in meaning for word in thing):
         raise BadInput(f"the prompt {prompt!r} says nothing; known words: {' '.join(VOCABULARY)}")
     if len(meaning) > objects:
-        raise BadInput(
-            f"the prompt names {len(meaning)} objects; this model was trained on at most {objects}"
-        )
+        raise BadInput(f"the prompt names {len(meaning)} objects; this model knows at most {objects}")
     meaning += [[""] * 4] * (objects - len(meaning))
     return [*(word for thing in meaning for word in thing), background]
 
@@ -128,9 +124,7 @@ def _check_words(words: list[str], vocabulary) -> None:
 
 def _once(old: str, new: str, prompt: str) -> str:
     if old and old != new:
-        raise BadInput(
-            f"{old!r} and {new!r} contradict each other in {prompt!r}; join two objects with 'and'"
-        )
+        raise BadInput(f"{old!r} and {new!r} contradict each other in {prompt!r}; 'and' joins two objects")
     return new
 
 
@@ -192,9 +186,9 @@ class World:
         meanings = [self.meaning(g) for g in rngs]
         shown = [self._forget(m, g) for m, g in zip(meanings, rngs, strict=True)]
         radius = torch.stack([torch.rand(self.cfg.objects, generator=g) for g in rngs])
-        position = torch.stack(
-            [self._move(m, g, int(times.max()) + 1) for m, g in zip(meanings, rngs, strict=True)]
-        )
+        last = int(times.max())
+        paths = [self._move(m, g, last + 1) for m, g in zip(meanings, rngs, strict=True)]
+        position = torch.stack(paths)
         radius = (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * radius) * self.scale
         times = times.expand(len(keys), -1)
         position = position.gather(2, times[:, None, :, None].expand(-1, self.cfg.objects, -1, 2))
@@ -247,9 +241,8 @@ class World:
         for b, meaning in enumerate(meanings):
             for i in range(self.cfg.objects):
                 colour, shape = meaning[4 * i : 4 * i + 2]
-                dx = (
-                    xs - position[b, i, :, :1] + w / 2
-                ) % w - w / 2  # (F W): the shorter way round the torus
+                # (F W), (F H): the shorter way round the torus
+                dx = (xs - position[b, i, :, :1] + w / 2) % w - w / 2
                 dy = (ys - position[b, i, :, 1:] + h / 2) % h - h / 2
                 alpha = shape_alpha(SHAPES.index(shape), dx[:, None, :], dy[:, :, None], radius[b, i])
                 paint = torch.tensor(COLOURS[colour])[:, None, None]
@@ -277,22 +270,14 @@ def read_clip(path: Path, cfg: Config) -> Tensor:
     try:
         if still:
             frames = iio.imread(path, index=..., plugin="pillow", mode="RGB")
-            duration = iio.immeta(path, plugin="pillow").get(
-                "duration", 0
-            )  # milliseconds; a picture has none
+            duration = iio.immeta(path, plugin="pillow").get("duration")  # milliseconds; pictures have none
             rate = 1000 / duration if duration else cfg.fps
         else:
             frames = iio.imread(path, index=..., plugin="FFMPEG")
             rate = iio.immeta(path, plugin="FFMPEG")["fps"]
         skip = max(1, round(rate / cfg.fps))
     except Exception as error:  # every decoder behind imageio raises errors of its own
-        reason = (
-            "no such file"
-            if not path.exists()
-            else str(error).splitlines()[0]
-            if str(error)
-            else "unreadable"
-        )
+        reason = (str(error) or "unreadable").splitlines()[0] if path.exists() else "no such file"
         raise BadInput(f"clip {path} cannot be read: {reason}") from error
     video = torch.from_numpy(np.ascontiguousarray(frames[::skip, ..., :3])).permute(0, 3, 1, 2).float()
     h, w = video.shape[-2:]
@@ -305,8 +290,7 @@ def read_clip(path: Path, cfg: Config) -> Tensor:
 
 
 class ClipFolder:
-    """Real clips: mp4, gif or webp with metadata.jsonl or metadata.csv (file_name, text), as Hugging Face has
-    it.
+    """Real clips: mp4, gif or webp, and metadata.jsonl or .csv (file_name, text), as Hugging Face has it.
 
     Same interface as World; a clip is a random window. Past its end a clip runs backwards. Raises BadInput
     when there is no metadata or no usable clip; a broken or too short one is left out with a warning that

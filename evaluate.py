@@ -16,7 +16,7 @@ real clips of the first row would have fooled the reward that trained it.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,9 +59,7 @@ def measure(video01: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         things = len(prompt.lower().split(" and "))
         *words, background = parse(prompt, things)
         wanted = [words[4 * i : 4 * i + 4] for i in range(things)]
-        base = (
-            clip.permute(1, 0, 2, 3).flatten(1).median(dim=1).values
-        )  # the object never covers half the canvas
+        base = clip.transpose(0, 1).flatten(1).median(dim=1).values  # objects never cover half the canvas
         per_object = [_measure_object(clip, base, want, wanted) for want in wanted]
         result = {k: torch.stack([m[k] for m in per_object]).mean() for k in per_object[0]}
         nearest = (base.mean() - _GREYS).abs().argmin()
@@ -75,9 +73,7 @@ def _agree(word: str, words: tuple, found: int) -> Tensor:
     return torch.tensor(float("nan") if not word else float(words[found] == word))
 
 
-def _measure_object(
-    clip: Tensor, base: Tensor, want: list[str], wanted: list[list[str]]
-) -> dict[str, Tensor]:
+def _measure_object(clip: Tensor, base: Tensor, want: list[str], wanted: list) -> dict[str, Tensor]:
     colour, shape, motion, speed = want
     scale = min(clip.shape[-2:]) / 32
     found, raw, paint = _segment(clip, base, colour, [w[0] for w in wanted])
@@ -157,23 +153,16 @@ def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
     xs, ys = torch.arange(w) + 0.5, torch.arange(h) + 0.5
     scores = []
     for shape in range(len(SHAPES)):
-        still = shape_alpha(
-            shape, (xs - w / 2)[None, None], (ys - h / 2)[None, :, None], radii[:, None, None]
-        )
-        offset = _centre(_soft_step(still)) - torch.tensor(
-            [w / 2, h / 2]
-        )  # of the mass from the origin: triangles
+        middle = (xs - w / 2)[None, None], (ys - h / 2)[None, :, None]
+        still = _soft_step(shape_alpha(shape, *middle, radii[:, None, None]))
+        offset = _centre(still) - torch.tensor([w, h]) / 2  # a triangle's mass lies off its origin
         at = centre[:, None] - offset[None]  # (F radii 2)
         dx = (xs - at[..., :1] + w / 2) % w - w / 2
         dy = (ys - at[..., 1:] + h / 2) % h - h / 2
-        drawn = _soft_step(
-            shape_alpha(shape, dx[:, :, None, :], dy[:, :, :, None], radii[None, :, None, None])
-        )
-        seen = alpha[:, None]
-        overlap = torch.minimum(drawn, seen).sum((-1, -2)) / torch.maximum(drawn, seen).sum((-1, -2)).clamp(
-            min=1e-6
-        )
-        scores.append(overlap.max(1).values.mean())
+        drawn = shape_alpha(shape, dx[:, :, None, :], dy[:, :, :, None], radii[None, :, None, None])
+        drawn, seen = _soft_step(drawn), alpha[:, None]
+        union = torch.maximum(drawn, seen).sum((-1, -2)).clamp(min=1e-6)
+        scores.append((torch.minimum(drawn, seen).sum((-1, -2)) / union).max(1).values.mean())
     return int(torch.stack(scores).argmax())
 
 
@@ -262,7 +251,7 @@ def main() -> None:
     headers = {name: read_header(path) for name, path in paths.items()}
     for label, name, how in jobs:
         header = headers[name]
-        made = replace(from_words(header["config"]), **(typed | {"device": device}))
+        made = from_words(header["config"], typed | {"device": device})
         codec = load_weights(nets / "codec.safetensors", Codec(made), made, "codec").to(device)
         reward = load_weights(nets / "reward.safetensors", RewardModel(made), made, "reward").to(device)
         net = codec

@@ -105,20 +105,17 @@ def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 class ListCache:
-    """The readable cache: a list of chunks, sink first, then oldest to newest. Nothing is overwritten in
-    place, so a rollout that recomputes activations in its backward pass sees what the forward pass saw. Use
-    it for training.
+    """The readable cache, for training: a list of chunks, sink first, then oldest to newest.
 
-    Positions are relative to the window: the oldest remembered chunk is always at 0, so a stream may run for
-    ever.
+    Nothing is overwritten in place, so a backward pass that recomputes activations sees what the forward pass
+    saw. Positions are relative to the window: the oldest chunk is always at 0, and a stream may run for ever.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config):
         self.rope, self.cfg = model.rope, cfg
         self.chunks: list[KV] = []
-        self.keys: list[
-            Tensor
-        ] = []  # per layer, all chunks joined and rotated: once a chunk, not once a pass
+        # per layer, all chunks joined and rotated: once a chunk, not once a pass
+        self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     @property
@@ -164,19 +161,11 @@ class RingCache:
     def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
         h, w = cfg.grid
         device = model.patch_embedding.weight.device
-        shape = (
-            cfg.layers,
-            batch,
-            cfg.cached_chunks,
-            cfg.chunk_tokens * h * w,
-            cfg.heads,
-            cfg.dim // cfg.heads,
-        )
+        tokens, width = cfg.chunk_tokens * h * w, cfg.dim // cfg.heads
+        shape = (cfg.layers, batch, cfg.cached_chunks, tokens, cfg.heads, width)
         self.rope, self.cfg = model.rope, cfg
         self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
-        self.sink = torch.zeros(
-            2, *shape[:2], *shape[3:], device=device
-        )  # an EMA needs fp32: in bf16 it stands still
+        self.sink = torch.zeros(2, *shape[:2], *shape[3:], device=device)  # fp32: a bf16 EMA stands still
         self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
         self.mask = torch.zeros(1, 1, 1, shape[2] * shape[3], dtype=torch.bool, device=device)
 
@@ -186,12 +175,8 @@ class RingCache:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated keys and values (b slots a d), and which slots are filled (1 1 1 slots)."""
-        keys, values = self.keys[layer], self.values[layer]
-        return (
-            rearrange(keys, "b m n a d -> b (m n) a d"),
-            rearrange(values, "b m n a d -> b (m n) a d"),
-            self.mask,
-        )
+        kv = (self.keys[layer], self.values[layer])
+        return *(rearrange(z, "b m n a d -> b (m n) a d") for z in kv), self.mask
 
     @torch.no_grad()
     def commit(self, kv: KV) -> None:
@@ -200,9 +185,7 @@ class RingCache:
         new = [torch.stack(parts) for parts in zip(*kv, strict=True)]  # keys, values: (layers b n a d)
         slot = torch.where(self.count < slots, self.count, cfg.sink + (self.count - cfg.sink) % ring)[None]
         if cfg.sink_mode == "ema":
-            evicted = torch.stack(
-                [self.raw.index_select(2, slot)[:, :, 0], self.values.index_select(2, slot)[:, :, 0]]
-            )
+            evicted = torch.stack([z.index_select(2, slot)[:, :, 0] for z in (self.raw, self.values)])
             ema = self.sink.lerp(evicted.float(), 1 - cfg.sink_decay)
             first = torch.stack(new).float()
             kept = torch.where(self.count >= slots, ema, self.sink)
@@ -218,13 +201,10 @@ class RingCache:
         """Rotate every slot's keys to where it now stands in the window."""
         cfg = self.cfg
         slot = torch.arange(slots, device=self.count.device)
-        age = torch.where(
-            self.count > slots, (slot - cfg.sink - (self.count - cfg.sink)) % ring + cfg.sink, slot
-        )
-        order = torch.where(slot < cfg.sink, slot, age)
-        frames = (
-            order[:, None] * cfg.chunk_tokens + torch.arange(cfg.chunk_tokens, device=slot.device)
-        ).flatten()
+        age = (slot - self.count) % ring + cfg.sink  # of the ring's slots, once it is full
+        order = torch.where((slot < cfg.sink) | (self.count <= slots), slot, age)
+        within = torch.arange(cfg.chunk_tokens, device=slot.device)
+        frames = (order[:, None] * cfg.chunk_tokens + within).flatten()
         angles = rearrange(self.rope.angles(frames, *cfg.grid), "two (m n) 1 d -> two m n 1 d", m=slots)
         self.keys.copy_(rotate(self.raw, angles))
         filled = (slot < self.count)[:, None].expand(-1, self.raw.shape[3])
@@ -328,9 +308,8 @@ class VideoDiT(nn.Module):
         self.size, self.predict, self.time_freqs = size, cfg.predict, cfg.time_freqs
         self.checkpointing = cfg.checkpointing
         self.patch_embedding = nn.Conv3d(cfg.channels, dim, size, stride=size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(cfg.text_width, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
-        )
+        words = nn.Linear(cfg.text_width, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        self.text_embedding = nn.Sequential(*words)
         self.time_embedding = nn.Sequential(nn.Linear(cfg.time_freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.ffn, cfg.heads) for _ in range(cfg.layers))
@@ -356,9 +335,8 @@ class VideoDiT(nn.Module):
         x = rearrange(xt, "b (f r) c (h p) (w q) -> b (f h w) (c r p q)", r=r, p=p, q=q)
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # (b n d)
         with torch.autocast(xt.device.type, enabled=False):  # bf16 cannot tell neighbouring times apart
-            e = self.time_embedding(
-                sinusoid(t[:, ::r], self.time_freqs).to(self.head.modulation.dtype)
-            )  # (b f d)
+            waves = sinusoid(t[:, ::r], self.time_freqs).to(self.head.modulation.dtype)
+            e = self.time_embedding(waves)  # (b f d)
             e6 = rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
         context = self.text_embedding(text)  # (b l d)
         if positions is None:

@@ -1,12 +1,11 @@
-"""Pictures: contact sheets, curves of a run, and the saliency overlay. Pillow draws; no plotting library is
-needed.
+"""Pictures: contact sheets, curves of a run, and the saliency overlay, drawn with Pillow.
 
 python plot.py curves --run=out/train              metrics.jsonl → out/train/curves.png
 python plot.py saliency --prompt "a red circle moving left slowly"      → out/saliency.png
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -96,10 +95,8 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
     height = (torch.arange(cfg.height, 0, -1) / cfg.height)[None, :, None]
     bars = (height <= (time[0] / time.max())[:, None, None]).float().expand(-1, -1, cfg.width)
     rows = {"frames": video01[0]}
-    rows |= {
-        f"|dr/dpixel| {a}  (score {s:+.2f})": heat(m)
-        for a, s, m in zip(AXES, scores[0], pixels[0], strict=True)
-    }
+    for axis, r, gradient in zip(AXES, scores[0], pixels[0], strict=True):
+        rows[f"|dr/dpixel| {axis}  (score {r:+.2f})"] = heat(gradient)
     rows |= {
         "fused on the latent grid": heat(enlarge(fused[0])),
         "W_space (per frame)": heat(enlarge(space[0])),
@@ -125,14 +122,12 @@ def main() -> None:
     elif what == "saliency":
         nets, out = Path(flags.nets), writable_folder(flags.out)
         header = read_header(nets / "stream_r1.safetensors")
-        cfg = replace(from_words(header["config"]), device="cpu")
+        cfg = from_words(header["config"], typed | {"device": "cpu"})
         words = understand(flags.prompt, cfg, header.get("vocabulary", "").split())
         text = tokenize([words], cfg.text_length, cfg.text_width)
         student = load_weights(nets / "stream_r1.safetensors", VideoDiT(cfg), cfg, "student")
         codec = load_weights(nets / "codec.safetensors", Codec(cfg), cfg, "codec")
-        reward = load_weights(nets / "reward.safetensors", RewardModel(cfg), cfg, "reward").requires_grad_(
-            False
-        )
+        reward = load_weights(nets / "reward.safetensors", RewardModel(cfg), cfg, "reward")
         with torch.no_grad():
             video01 = codec.decode(rollout(student, text, cfg, [rng_for(flags.seed, "saliency")]))
         saliency_sheet(out / "saliency.png", video01, text, reward, cfg)

@@ -126,12 +126,10 @@ def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if isinstance(net, VideoDiT) else []
     taken = {id(p) for p in matrices}
     rest = [p for p in net.parameters() if id(p) not in taken]
-    opts: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
-    ]
-    if matrices:
-        opts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-    return opts
+    adam = torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
+    if not matrices:
+        return [adam]
+    return [adam, torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
 def made(kind: str, net: nn.Module, cfg: Config, flags: Flags) -> nn.Module:
@@ -150,9 +148,8 @@ def train_codec(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 
     def loss_of(net, averaged, step):
         video = source.batch(keys(cfg, stage, step), torch.tensor([0, 2, 4])).video01
-        noise = torch.randn(
-            len(video), 3, *cfg.latent_shape, generator=rng_for(cfg.seed, "codec noise", step)
-        )
+        rng = rng_for(cfg.seed, "codec noise", step)
+        noise = torch.randn(len(video), 3, *cfg.latent_shape, generator=rng)
         return net.train().loss(video.to(cfg.device), noise.to(cfg.device))
 
     return learn(stage, net.to(cfg.device), loss_of, cfg, flags)
@@ -171,7 +168,11 @@ def noisy_batch(cfg: Config, stage: Stage, step: int, source, codec, times=None)
 
 
 def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
-    """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip."""
+    """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip, most often a middling one.
+
+    Uniform times spend most of the loss near t = 0 and 1, where a clip is nearly known or hardly visible;
+    what words decide lies between (LOG.md). Logit-normal as in Stable Diffusion 3 (Esser et al. 2024).
+    """
     codec = made("codec", Codec(cfg), cfg, flags)
     torch.manual_seed(cfg.seed)
     net = VideoDiT(cfg)
@@ -180,7 +181,7 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
 
     def loss_of(net, averaged, step):
         x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)
-        u = torch.stack([torch.rand((), generator=g) for g in rngs]).to(cfg.device)
+        u = torch.stack([torch.randn((), generator=g) for g in rngs]).sigmoid().to(cfg.device)
         t = repeat(shift_time(u, cfg.shift), "b -> b f", f=cfg.frames)
         v, _ = net(add_noise(x, noise, t), t, text)
         return F.mse_loss(v, noise - x)
@@ -252,8 +253,7 @@ def report_codec(net: Codec, cfg: Config, flags: Flags, count: int = 128) -> dic
 
 
 def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
-    """Bradley-Terry on pairs: -log σ(r_good - r_bad) on the axis that was damaged; the other axes are held
-    level.
+    """Bradley-Terry on pairs: -log σ(r_good - r_bad) on the damaged axis; the other axes are held level.
 
     The good clip has been through the codec, so that the reward does not ask for what no student can give.
     Clips of the models themselves lose against real ones on every axis: a reward must not prefer what a
@@ -299,18 +299,12 @@ def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 25
 
 @torch.no_grad()
 def report_reward(net: RewardModel, cfg: Config, flags: Flags, count: int = 256) -> dict[str, str]:
-    """Give scores mean 0 and unit spread over good and damaged clips → accuracies on the select split.
-
-    Of pairs, and of real clips against clips of the models.
-    """
+    """Give scores mean 0, unit spread over good and damaged clips → accuracies, against rivals as well."""
     codec = made("codec", Codec(cfg), cfg, flags)
-    rngs = [rng_for("report", i) for i in range(count)]
-    batch = source_of(cfg, "select").batch(
-        [("report", i) for i in range(count)], torch.arange(2 * cfg.pixel_frames)
-    )
-    long01 = torch.cat(
-        [codec.decode(codec.encode(v.to(cfg.device))).float().cpu() for v in batch.video01.split(32)]
-    )
+    rngs, own = [rng_for("report", i) for i in range(count)], [("report", i) for i in range(count)]
+    batch = source_of(cfg, "select").batch(own, torch.arange(2 * cfg.pixel_frames))
+    parts = batch.video01.to(cfg.device).split(32)
+    long01 = torch.cat([codec.decode(codec.encode(v)).float().cpu() for v in parts])
     good, (looks, motion), captions = pairs(long01, batch.words, rngs, bool(cfg.data))
     text = [tokenize(c, cfg.text_length, cfg.text_width).to(cfg.device) for c in captions]
     net.mean.zero_(), net.std.fill_(1)
@@ -323,9 +317,11 @@ def report_reward(net: RewardModel, cfg: Config, flags: Flags, count: int = 256)
     rival = net(rival01.to(cfg.device), rival_text)
     rivals_won = (best[:, None] > rival).float().mean((0, 1))
     facts = {"pair accuracy": pairs_won, "real above models' clips": rivals_won}
-    return {
-        what: " ".join(f"{a} {v:.3f}" for a, v in zip(AXES, won, strict=True)) for what, won in facts.items()
-    }
+    return {what: _per_axis(won, ".3f") for what, won in facts.items()}
+
+
+def _per_axis(values: Tensor, form: str) -> str:
+    return " ".join(f"{axis} {v:{form}}" for axis, v in zip(AXES, values.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -344,8 +340,7 @@ def show(name: str, net: nn.Module, cfg: Config, source, out: Path) -> None:
         rows = {}
         for i, prompt in enumerate(batch.prompts):
             for kind, video in clips.items():
-                axes = " ".join(f"{a} {r:+.2f}" for a, r in zip(AXES, scores[kind][i], strict=True))
-                rows[f"{kind}{prompt}   {axes}"] = video[i]
+                rows[f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}"] = video[i]
     else:
         codec = load_weights(out / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
         sampler = sample_teacher if name == "teacher" else rollout
@@ -366,9 +361,8 @@ def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
     cfg = replace(cfg, device=pick_device(cfg))
     if min(flags.steps, flags.batch, flags.lr) < 0:
-        raise BadInput(
-            f"steps={flags.steps} batch={flags.batch} lr={flags.lr} is not possible; allowed: from 0"
-        )
+        typed = f"steps={flags.steps} batch={flags.batch} lr={flags.lr}"
+        raise BadInput(f"{typed} is not possible; allowed: from 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
     out = writable_folder(flags.out)

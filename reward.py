@@ -21,8 +21,7 @@ AXES = ("VQ", "MQ", "TA")
 
 
 class RewardModel(nn.Module):
-    """`reward(video01, text)`: (b F 3 H W) in [0, 1], (b l e) → (b s) on a scale with unit spread.
-    Differentiable.
+    """`reward(video01, text)`: (b F 3 H W) in [0, 1], (b l e) → (b s), differentiable, of unit spread.
 
     A convolution per frame sees the frame and its change since the last one; a temporal convolution sees how
     that goes on. MQ and TA depend on the text through an inner product, so that one clip can be held against
@@ -54,9 +53,7 @@ class RewardModel(nn.Module):
         change = F.pad(x.diff(dim=1), (0, 0, 0, 0, 0, 0, 1, 0))
         x = rearrange(torch.cat([x, 2 * change], dim=2), "b f c h w -> (b f) c h w")
         x = rearrange(self.frame(x), "(b f) c h w -> b f c h w", b=len(video01))
-        x = torch.cat(
-            [reduce(x, "b f c h w -> b c f", "mean"), reduce(x, "b f c h w -> b c f", "max")], dim=1
-        )
+        x = torch.cat([reduce(x, "b f c h w -> b c f", how) for how in ("mean", "max")], dim=1)
         x = F.gelu(self.time1(x))
         x = torch.cat([x, F.gelu(self.time2(x))], dim=1)
         return torch.cat([x.mean(2), (x.var(2) + 1e-4).sqrt()], dim=1)
@@ -87,8 +84,7 @@ def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: T
 
 
 class Balancer:
-    """Turns axis scores (b s) into one reward (b,), knowing how each axis has been improving. Checkpointed
-    state.
+    """Turns axis scores (b s) into one reward (b,), knowing how each axis has been improving.
 
     Δ_s is the mean score of the later half of the last `window` steps minus that of the earlier half, over
     the batches of all processes. `penalty` is the paper's; it is the same for all rollouts of a step, a
@@ -131,9 +127,8 @@ class Balancer:
 def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
     """Rewards (b,) of the global batch → weights (b,), without gradient.
 
-    group > 1: neighbours in the batch share a prompt, and only what a rollout has over their mean counts: it
-    is good rollouts that are weighted, not easy prompts. weight=softmax: mean 1 over the batch. weight_cap:
-    the largest weight.
+    group > 1: neighbours in the batch share a prompt, and only what a rollout has over their mean counts:
+    good rollouts are weighted, not easy prompts. weight=softmax: mean 1 over the batch.
     """
     r = r.detach()
     if cfg.group > 1:

@@ -1,5 +1,4 @@
-"""The autoregressive rollout that training and sampling share: one chunk after another, each denoised in a
-few steps.
+"""The autoregressive rollout that training and sampling share: chunk after chunk, a few steps each.
 
 Self Forcing (Huang et al., 2025): the student learns on what it generates itself, with its own cache. Between
 steps the prediction is noised afresh (consistency-style), x ← (1 - t') x̂ + t' ε; when training, a rollout
@@ -27,8 +26,7 @@ def step_grid(cfg: Config, chunk: int) -> tuple[float, ...]:
     """Noise levels at which chunk number `chunk` is denoised, falling from 1, warped by cfg.shift.
 
     uniform: the same for every chunk. 5432 and 432: that many steps for the first chunks, 2 for the rest.
-    first: the full grid on the first chunk, its first and its middle level on the others (first-frame
-    enhancement).
+    first (first-frame enhancement): the full grid for the first chunk, its first and middle level for others.
     """
     grid = cfg.denoise
     if cfg.taper in ("5432", "432"):
@@ -46,11 +44,8 @@ def exit_step(cfg: Config, *key: int | str) -> int:
 
 def rollout_chunks(cfg: Config, *key: int | str) -> int:
     """Length of a training rollout in chunks: from the teacher's clip to `horizon` times that."""
-    return int(
-        torch.randint(
-            cfg.chunks, cfg.chunks * cfg.horizon + 1, (), generator=rng_for(cfg.seed, "length", *key)
-        )
-    )
+    rng = rng_for(cfg.seed, "length", *key)
+    return int(torch.randint(cfg.chunks, cfg.chunks * cfg.horizon + 1, (), generator=rng))
 
 
 def denoise_chunk(student, x, text, cache, grid, rngs, exit=None, grad=False) -> tuple[Tensor, KV]:
@@ -135,15 +130,11 @@ def _rebuild(student, kept, text, cache, rngs, cfg: Config) -> None:
         cache.commit(context_kv(student, x0, text, cache, rngs, level))
 
 
-def rollout(
-    student, text, cfg: Config, rngs, chunks: int | None = None, exit: int | None = None, grad=False
-) -> Tensor:
-    """The last cfg.frames latent frames (b f c h w) of a rollout of `chunks` chunks (None: just those
-    frames).
+def rollout(student, text, cfg: Config, rngs, chunks=None, exit: int | None = None, grad=False) -> Tensor:
+    """The last cfg.frames latent frames (b f c h w) of a rollout of `chunks` chunks (None: just those).
 
     With `grad`, the exit forward of every chunk that is returned carries gradient; keys and values do not
-    (unless cfg.kv_grad), so each chunk's loss reaches the student through that chunk's own forward pass
-    alone.
+    (unless cfg.kv_grad): each chunk's loss reaches the student through that chunk's forward pass alone.
     """
     chunks = chunks or cfg.chunks
     first = chunks - cfg.chunks

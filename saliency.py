@@ -1,5 +1,4 @@
-"""Where and when does the reward look? Pixel gradients of the reward become weights over frames and latent
-cells.
+"""Where and when does the reward look? Its pixel gradients become weights over frames and latent cells.
 
     S_s = |∂r_s / ∂pixel|, summed over colours, on the latent grid   reward_saliency, to_latent_grid
     S   = Σ_s softmax(-r / T)_s S_s / mean(S_s)                      fuse_axes: the weakest axis counts most
@@ -25,9 +24,9 @@ def reward_saliency(reward, video01: Tensor, text: Tensor) -> tuple[Tensor, Tens
     with torch.enable_grad():
         video01 = video01.detach().requires_grad_()
         scores = reward(video01, text)
-        axes = scores.sum(0).unbind()
+        last = scores.shape[1] - 1
         grads = [
-            torch.autograd.grad(r, video01, retain_graph=i + 1 < len(axes))[0] for i, r in enumerate(axes)
+            torch.autograd.grad(r, video01, retain_graph=i < last)[0] for i, r in enumerate(scores.sum(0))
         ]
     saliency = torch.stack([reduce(g.abs(), "b f c h w -> b f h w", "sum") for g in grads], dim=1)
     return scores.detach(), saliency
@@ -65,9 +64,8 @@ def factorise(saliency: Tensor, floor_time: float, floor_space: float) -> tuple[
 
 def intra_weight(saliency: Tensor, scores: Tensor, cfg: Config) -> Tensor:
     """Axis maps on the latent grid (b s f h w) and scores (b s) → W_intra (b f 1 h w), mean 1 per sample."""
-    time, space = factorise(
-        fuse_axes(saliency, scores, cfg.fuse_temperature), cfg.floor_time, cfg.floor_space
-    )
+    fused = fuse_axes(saliency, scores, cfg.fuse_temperature)
+    time, space = factorise(fused, cfg.floor_time, cfg.floor_space)
     time = time if cfg.time else torch.ones_like(time)
     space = space if cfg.space else torch.ones_like(space)
     return rearrange(time, "b f -> b f 1 1 1") * rearrange(space, "b f h w -> b f 1 h w")

@@ -35,9 +35,7 @@ FORMATS = (".mp4", ".gif", ".webp")
 
 @dataclass(frozen=True)
 class Flags:
-    prompt: list[str] = field(
-        default_factory=lambda: ["a red circle moving left slowly on a black background"]
-    )
+    prompt: list[str] = field(default_factory=lambda: ["a red circle moving left slowly"])
     frames: int = 64
     seed: int = 0
     steps: int = 0  # denoising steps per chunk; 0: as trained
@@ -101,14 +99,13 @@ def decoded(
 
 def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config:
     """The config the student was trained with, then what was typed. Raises BadInput."""
-    made = from_words(header["config"])
-    if made.preset != preset:
-        raise BadInput(f"the student is of preset {made.preset!r}, asked for was {preset!r}")
+    if steps < 0:
+        raise BadInput(f"steps={steps} is not possible; allowed: 1 or more")
     if steps:
-        if steps < 0:
-            raise BadInput(f"steps={steps} is not possible; allowed: 1 or more")
         typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
-    cfg = replace(made, **({"device": "auto", "bf16": False} | typed))
+    cfg = from_words(header["config"], {"device": "auto", "bf16": False} | typed)
+    if cfg.preset != preset:
+        raise BadInput(f"the student is of preset {cfg.preset!r}, asked for was {preset!r}")
     return replace(cfg, device=pick_device(cfg))
 
 

@@ -93,9 +93,8 @@ def main() -> None:
     rank, world, device = processes.start(cfg)
     run = prepare(replace(cfg, device=device), flags, rank, world)
     stop, cfg = stop_on_signal(), run.cfg
-    bar = tqdm(
-        range(run.step, cfg.steps), initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0
-    )
+    ahead = range(run.step, cfg.steps)
+    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0)
     if run.step == 0:
         sheet(run, "before", run.student)
         for i in range(cfg.critic_warmup):
@@ -316,9 +315,8 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     if state:
         restore(run, state)
     if rank == 0:
-        text = json.dumps(
-            asdict(cfg) | {"torch": torch.__version__, "world": world, "nets": str(nets)}, indent=1
-        )
+        facts = {"torch": torch.__version__, "world": world, "nets": str(nets)}
+        text = json.dumps(asdict(cfg) | facts, indent=1)
         write_atomically(out / "config.json", lambda name: name.write_text(text))
         metrics = out / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if state and metrics.exists() else []

@@ -222,6 +222,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_atomically(path, half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o044 == 0o044, "others cannot read it"
 
 
 def test_a_write_is_flushed_then_renamed(tmp_path, monkeypatch):

@@ -258,6 +258,7 @@ def test_clean_context(long_memory, model, exit):
         fresh = ListCache(model, cfg)
         for x in chunks[:2]:
             fresh.commit(model(x, torch.zeros(x.shape[:2]), text, fresh)[1])
+    assert len(cache.chunks) == 2, "the refresh did not reach the cache"
     for ours, theirs in zip(cache.chunks, fresh.chunks, strict=True):
         assert_same_kv(ours, theirs)
 

@@ -103,6 +103,7 @@ BAD = {
     "frames": (["--frames=-1"], "frames"),
     "init": (["--init=nothing.mp4"], "nothing.mp4"),
     "student": (["--student=nothing.safetensors"], "nothing.safetensors"),
+    "method": (["--method=diagonal"], "with weights of stream_r1"),
 }
 
 

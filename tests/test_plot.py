@@ -1,0 +1,68 @@
+"""plot.py: what a picture shows is where it should be."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import nets  # noqa: F401  (a fixture)
+
+import plot
+from config import cli
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["plot.py", *argv])
+    cli(plot.main)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_a_contact_sheet_has_a_row_per_clip_and_a_column_per_frame(tmp_path):
+    """Catches swapped axes and channels: one red frame in a black clip is red where it belongs."""
+    clips = torch.zeros(2, 3, 3, 8, 8)
+    clips[1, 2, 0] = 1.0
+    plot.contact_sheet(tmp_path / "s.png", {"first": clips[0], "second": clips[1]}, scale=2)
+    sheet = pixels(tmp_path / "s.png")
+    frame, row = 8 * 2 + 2, 8 * 2 + 14 + 2
+    assert sheet.shape == (2 * row, 3 * frame, 3)
+    red = (sheet == [255, 0, 0]).all(-1)
+    assert red[row + 14 : row + 30, 2 * frame : 2 * frame + 16].all() and red.sum() == 256
+
+
+def test_curves_rise_where_the_numbers_do(tmp_path, monkeypatch):
+    """One panel per quantity that was measured at least twice; later steps are further right."""
+    rows = [{"step": i, "dmd": float(i), "critic": 3.0} for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(monkeypatch, "curves", f"--run={tmp_path}")
+    blue = (pixels(tmp_path / "curves.png") == [30, 90, 200]).all(-1)
+    ys, xs = np.nonzero(blue[:, :260])
+    assert ys[xs.argmin()] > ys[xs.argmax()], "a rising quantity falls"
+    assert blue[:, 260:520].any() and not blue[:, 520:].any()
+
+
+def test_saliency_of_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
+    """Frames, three axes, the fused map, its two factors; typed fields are used and change the picture."""
+    where = [f"--nets={nets}", "--prompt", "a red circle moving left"]
+    call(monkeypatch, "saliency", *where, f"--out={tmp_path}")
+    call(monkeypatch, "saliency", *where, f"--out={tmp_path}/other", "--fuse_temperature=0.05")
+    one, two = (pixels(folder / "saliency.png") for folder in (tmp_path, tmp_path / "other"))
+    row = 32 * 2 + 14 + 2
+    assert one.shape == two.shape and one.shape[0] == 7 * row
+    assert (one[: 4 * row] == two[: 4 * row]).all() and (one[4 * row :] != two[4 * row :]).any()
+
+
+@pytest.mark.parametrize("argv, needle", [
+    (["tiny"], "curves | saliency"), (["curves", "--run=nothing"], "nothing/metrics.jsonl"),
+    (["saliency", "--nets=nothing"], "nothing/stream_r1.safetensors"),
+    (["saliency", "--prompt", "a red cirle"], "circle"), (["saliency", "--method=diagonal"], "stream_r1"),
+])  # fmt: skip
+def test_bad_input(monkeypatch, capsys, argv, needle):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *argv)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(error.splitlines()) == 1 and needle in error, error
