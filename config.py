@@ -31,8 +31,8 @@ class Config:
     channels: int = 12  # latent channels
     stride: int = 8  # pixels per latent cell
     time_stride: int = 1  # pixel frames per latent frame (4 for Wan's causal codec)
-    codec_noise: float = 0.15  # std of the noise on the unit-variance latent while the codec learns
-    codec_straight: float = 0.002  # weight of the straightness of latent paths
+    codec_noise: float = 0.25  # std of the noise on the unit-variance latent while the codec learns
+    codec_straight: float = 0.0007  # weight of the straightness of latent paths
     # transformer -----------------------------------------------------------------------------------------
     patch: int = 1  # latent cells per token and side
     patch_time: int = 4  # latent frames per token: what moves within a token shows its velocity

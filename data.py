@@ -42,7 +42,7 @@ MOTIONS = {
     "still": (0.0, 0.0),
 }
 SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels per frame on a 32-pixel canvas
-BACKGROUNDS = {"black": 0.05, "grey": 0.45, "white": 0.95}
+BACKGROUNDS = {"black": 0.05, "grey": 0.25, "white": 0.95}
 _FILLER = ("a", "an", "the", "on", "background", "moving", "standing")
 _CLASSES = (tuple(COLOURS), SHAPES, tuple(MOTIONS), tuple(SPEEDS))
 VOCABULARY = (*_FILLER, "and", *(word for words in _CLASSES for word in words), *BACKGROUNDS)
@@ -156,9 +156,9 @@ def shape_alpha(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     far = (dx.square() + dy.square() + 1e-9).sqrt()
     ax, ay = dx.abs(), dy.abs()
     if SHAPES[shape] == "circle":
-        inside = 0.95 * radius - far
+        inside = 0.9 * radius - far
     elif SHAPES[shape] == "square":
-        inside = 0.82 * radius - torch.maximum(ax, ay)
+        inside = 0.9 * radius - torch.maximum(ax, ay)
     elif SHAPES[shape] == "triangle":
         inside = torch.minimum(0.55 * radius - dy, 0.55 * radius + dy / 2 - ax * 0.8660254)
     elif SHAPES[shape] == "cross":

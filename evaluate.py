@@ -1,15 +1,8 @@
-"""Objective measures, from pixels alone, against what the prompt asked for. No learned network takes part.
+"""The table: what teacher, causal start and student are worth on held-out prompts, with 95 % intervals.
 
-    python evaluate.py                                   # the shipped nets: a table with 95 % intervals
+    python evaluate.py                                   # the shipped nets
     python evaluate.py --student=out/train/student.safetensors --clips=64
     python evaluate.py --nets=out/pretrain --stamp       # and write what was measured into the nets' headers
-
-Each clip gives, per object and then averaged over objects:
-colour, shape, direction, speed, background: 1 = as the prompt says, 0 = not, nan = unsaid
-jitter       rms second difference of the object's centre, in pixels of a 32-pixel canvas (real clips: 0.19)
-sharpness    mean |2a - 1| over the object's pixels, a = coverage; 1 = every pixel decided
-noise        standard deviation of background pixels away from the object
-saturation   of the object, last quarter of the frames minus the first: drift
 
 The table adds VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above the
 real clips of the first row would have fooled the reward that trained it.
@@ -20,169 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import annotate, load_weights, read_header, writable_folder, write_atomically
 from codec import Codec
 from config import BadInput, Config, build, cli, from_words, read_cli
-from data import (
-    BACKGROUNDS,
-    COLOURS,
-    MOTIONS,
-    RADIUS,
-    SHAPES,
-    SPEEDS,
-    World,
-    caption,
-    parse,
-    rng_for,
-    shape_alpha,
-    tokenize,
-)
+from data import World, caption, rng_for, tokenize
+from measure import measure
 from model import VideoDiT
 from processes import pick_device
 from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
-
-ACCURACIES = ("colour", "shape", "direction", "speed")
-_PALETTE = torch.tensor(list(COLOURS.values()))
-_GREYS = torch.tensor(list(BACKGROUNDS.values()))
-_STILL = 0.3  # pixels per frame on a 32-pixel canvas: slower than this is standing still
-_QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
-
-
-def measure(video01: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """video01 (b F 3 H W) in [0, 1], F >= 4, and a prompt for each → {measure: (b,)}."""
-    clips = []
-    for clip, prompt in zip(video01.float().cpu(), prompts, strict=True):
-        things = len(prompt.lower().split(" and "))
-        *words, background = parse(prompt, things)
-        wanted = [words[4 * i : 4 * i + 4] for i in range(things)]
-        base = clip.transpose(0, 1).flatten(1).median(dim=1).values  # objects never cover half the canvas
-        per_object = [_measure_object(clip, base, want, wanted) for want in wanted]
-        result = {k: torch.stack([m[k] for m in per_object]).mean() for k in per_object[0]}
-        nearest = (base.mean() - _GREYS).abs().argmin()
-        result["background"] = _agree(background, tuple(BACKGROUNDS), int(nearest))
-        result["noise"] = _noise(clip, base)
-        clips.append(result)
-    return {k: torch.stack([c[k] for c in clips]) for k in clips[0]}
-
-
-def _agree(word: str, words: tuple, found: int) -> Tensor:
-    return torch.tensor(float("nan") if not word else float(words[found] == word))
-
-
-def _measure_object(clip: Tensor, base: Tensor, want: list[str], wanted: list) -> dict[str, Tensor]:
-    colour, shape, motion, speed = want
-    scale = min(clip.shape[-2:]) / 32
-    found, raw, paint = _segment(clip, base, colour, [w[0] for w in wanted])
-    alpha = _soft_step(raw)
-    centre = _centre(alpha)
-    step = _shorter(centre.diff(dim=0), alpha)  # (F-1 2)
-    velocity = step.median(dim=0).values / scale
-    pace = velocity.abs().max()
-    kind = "still" if pace < _STILL else _direction(velocity)
-    quick = int(pace > _QUICK)
-    fast_enough = pace < _STILL if motion == "still" else (pace >= _STILL) & (quick == (speed == "quickly"))
-    silent = torch.tensor(float("nan"))
-    quarter = max(1, len(clip) // 4)
-    saturation = _saturation(clip, raw)
-    return {
-        "colour": _agree(colour, tuple(COLOURS), found),
-        "shape": _agree(shape, SHAPES, _which_shape(alpha, centre, scale)),
-        "direction": _agree(motion, tuple(MOTIONS), tuple(MOTIONS).index(kind)),
-        "speed": fast_enough.float() if speed or motion == "still" else silent,
-        "jitter": step.diff(dim=0).square().sum(1).mean().sqrt() / scale,
-        "sharpness": ((2 * raw - 1).abs() * (raw > 0.1)).sum() / (raw > 0.1).sum().clamp(min=1),
-        "saturation": saturation[-quarter:].mean() - saturation[:quarter].mean(),
-    }
-
-
-def _segment(clip: Tensor, base: Tensor, colour: str, all_colours: list[str]) -> tuple[int, Tensor, Tensor]:
-    """Find one object → its palette colour, its coverage (F H W) in [0, 1], its mean paint (3,)."""
-    pixels = clip.permute(0, 2, 3, 1)
-    front = (pixels - base).abs().amax(-1) > 0.25
-    nearest = torch.cdist(pixels.reshape(1, -1, 3), _PALETTE[None])[0].argmin(-1).view(front.shape)
-    votes = torch.bincount(nearest[front], minlength=len(_PALETTE))
-    top = votes.topk(len(all_colours)).indices.tolist()
-    wished = tuple(COLOURS).index(colour) if colour else top[0]
-    others = [i for i in top if tuple(COLOURS)[i] not in all_colours]
-    found = wished if wished in top else (others or top)[0]
-    core = front & (nearest == found)
-    paint = pixels[core].mean(0) if core.any() else _PALETTE[found]
-    along = paint - base
-    raw = ((pixels - base) @ along / along.square().sum().clamp(min=1e-6)).clamp(0, 1)
-    if len(all_colours) > 1:
-        raw = raw * (core | ~front)
-    return found, raw, paint
-
-
-def _soft_step(raw: Tensor) -> Tensor:
-    """Ignore faint noise, saturate the core: applied to pictures and templates alike."""
-    return ((raw - 0.2) / 0.6).clamp(0, 1)
-
-
-def _centre(alpha: Tensor) -> Tensor:
-    """Centre of mass on the torus, (F H W) → (F 2) as (x, y) pixels: the angle of the mean phase."""
-    h, w = alpha.shape[-2:]
-    centres = []
-    for size, mass in ((w, alpha.sum(-2)), (h, alpha.sum(-1))):
-        phase = 2 * torch.pi * (torch.arange(size) + 0.5) / size
-        angle = torch.atan2((mass * phase.sin()).sum(-1), (mass * phase.cos()).sum(-1))
-        centres.append(angle / (2 * torch.pi) * size % size)
-    return torch.stack(centres, dim=-1)
-
-
-def _shorter(step: Tensor, alpha: Tensor) -> Tensor:
-    size = torch.tensor([alpha.shape[-1], alpha.shape[-2]])
-    return (step + size / 2) % size - size / 2
-
-
-def _direction(velocity: Tensor) -> str:
-    x, y = velocity.tolist()
-    if abs(x) > abs(y):
-        return "right" if x > 0 else "left"
-    return "down" if y > 0 else "up"
-
-
-def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
-    """The shape whose rendering at the measured centre overlaps most, soft IoU over all frames."""
-    h, w = alpha.shape[-2:]
-    radii = torch.linspace(RADIUS[0] - 0.5, RADIUS[1] + 0.5, 6) * scale
-    xs, ys = torch.arange(w) + 0.5, torch.arange(h) + 0.5
-    scores = []
-    for shape in range(len(SHAPES)):
-        middle = (xs - w / 2)[None, None], (ys - h / 2)[None, :, None]
-        still = _soft_step(shape_alpha(shape, *middle, radii[:, None, None]))
-        offset = _centre(still) - torch.tensor([w, h]) / 2  # a triangle's mass lies off its origin
-        at = centre[:, None] - offset[None]  # (F radii 2)
-        dx = (xs - at[..., :1] + w / 2) % w - w / 2
-        dy = (ys - at[..., 1:] + h / 2) % h - h / 2
-        drawn = shape_alpha(shape, dx[:, :, None, :], dy[:, :, :, None], radii[None, :, None, None])
-        drawn, seen = _soft_step(drawn), alpha[:, None]
-        union = torch.maximum(drawn, seen).sum((-1, -2)).clamp(min=1e-6)
-        scores.append((torch.minimum(drawn, seen).sum((-1, -2)) / union).max(1).values.mean())
-    return int(torch.stack(scores).argmax())
-
-
-def _noise(clip: Tensor, base: Tensor) -> Tensor:
-    """Standard deviation of what is surely background: no pixel within three of it stands out."""
-    away = clip - base[:, None, None]
-    front = (away.abs().amax(1, keepdim=True) > 0.25).float()
-    front = F.max_pool2d(F.pad(front, (3, 3, 3, 3), mode="circular"), 7, stride=1)
-    quiet = (front == 0).expand_as(clip)
-    return away[quiet].square().mean().sqrt() if quiet.any() else torch.tensor(float("nan"))
-
-
-def _saturation(clip: Tensor, raw: Tensor) -> Tensor:
-    """Mean (max - min channel) over the object's core, per frame (F,)."""
-    core = raw > 0.8
-    colourful = clip.amax(1) - clip.amin(1)
-    return (colourful * core).sum((1, 2)) / core.sum((1, 2)).clamp(min=1)
-
-
-# -- the table ----------------------------------------
 
 
 @dataclass(frozen=True)

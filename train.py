@@ -40,7 +40,7 @@ from codec import Codec
 from config import Config, cli, from_cli
 from data import ClipFolder, World, caption, randn, rng_for, source_of, tokenize
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
-from evaluate import ACCURACIES, measure
+from measure import ACCURACIES, measure
 from model import VideoDiT
 from plot import contact_sheet
 from reward import AXES, Balancer, RewardModel, effective_share, rollout_weight

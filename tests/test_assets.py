@@ -8,7 +8,7 @@ from codec import Codec
 from config import PRESETS
 from corrupt import pairs
 from data import World, caption, rng_for, tokenize
-from evaluate import measure
+from measure import measure
 from model import VideoDiT
 from reward import RewardModel
 from rollout import rollout

@@ -22,7 +22,7 @@ from data import (
     split_of,
     tokenize,
 )
-from evaluate import ACCURACIES, measure
+from measure import ACCURACIES, measure
 
 SPLITS = ("train", "select", "test")
 ALL = [
@@ -229,7 +229,7 @@ def test_what_leaves_comes_back():
         video = world.render([["red", shape, "", "", "black"]], position, torch.tensor([[7.0]]))
         area = ((video[0, :, 0] - ground) / (paint - ground)).sum((1, 2))
         torch.testing.assert_close(area, area[:1].expand(4), rtol=0.05, atol=0)
-        assert 40 < area[0] < 150
+        assert 40 < area[0] < 170
 
 
 def test_pixels():
