@@ -49,6 +49,7 @@ class Config:
     sink: int = 1  # chunks of it that are never evicted
     sink_mode: str = "ema"  # none | static | ema (Reward Forcing's EMA-Sink)
     sink_decay: float = 0.99  # EMA-Sink: share of the old sink kept at each eviction
+    sink_dtype: str = "fp32"  # bf16: as released, where an EMA with decay .999 stands still
     kv_grad: bool = False  # let gradient leak through the cache, as the released code does
     # flow and rollout ------------------------------------------------------------------------------------
     shift: float = 3.0  # warps uniform time towards noise
@@ -74,6 +75,8 @@ class Config:
     floor_space: float = 0.15
     floor_time: float = 0.2
     fuse_temperature: float = 1.0  # softmax(-reward / T) over axes: the weakest axis speaks loudest
+    released_patch_order: bool = False  # scramble the spatial map as the released code does
+    released_weight: bool = False  # a process' first rollout weighs for all, as in the released code
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0
@@ -181,6 +184,7 @@ _NOT_NEGATIVE = (
 _CHOICES = {
     "predict": ("x", "v"),
     "sink_mode": ("none", "static", "ema"),
+    "sink_dtype": ("fp32", "bf16"),
     "taper": ("uniform", "5432", "432", "first"),
     "context": ("clean", "noisy", "none"),
     "weight": ("exp", "softmax"),
@@ -209,6 +213,7 @@ METHODS: dict[str, dict] = {
     "reward_forcing": dict(space=False, time=False, balance="none", axes=("MQ",)),
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
+    "first_chunk_more": dict(_PLAIN, taper="first"),
 }
 
 

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from config import Config
 
 KV = list[tuple[Tensor, Tensor]]  # per layer: keys before RoPE and values, each (b n a d)
+SINK_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 T_MIN = 0.05  # an x-predicting net's velocity is (x_t - x) / max(t, T_MIN)
 
 
@@ -134,9 +135,9 @@ class ListCache:
         if len(self.chunks) > cfg.cached_chunks:
             oldest = self.chunks.pop(cfg.sink)
             if cfg.sink_mode == "ema":
-                decay = cfg.sink_decay
+                dtype, share = SINK_DTYPES[cfg.sink_dtype], 1 - cfg.sink_decay
                 self.chunks[0] = [
-                    (k.float().lerp(new_k.float(), 1 - decay), v.float().lerp(new_v.float(), 1 - decay))
+                    (k.to(dtype).lerp(new_k.to(dtype), share), v.to(dtype).lerp(new_v.to(dtype), share))
                     for (k, v), (new_k, new_v) in zip(self.chunks[0], oldest, strict=True)
                 ]
         angles = self.rope.angles(torch.arange(self.position, device=kv[0][0].device), *cfg.grid)
@@ -165,7 +166,7 @@ class RingCache:
         shape = (cfg.layers, batch, cfg.cached_chunks, tokens, cfg.heads, width)
         self.rope, self.cfg = model.rope, cfg
         self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
-        self.sink = torch.zeros(2, *shape[:2], *shape[3:], device=device)  # fp32: a bf16 EMA stands still
+        self.sink = torch.zeros(2, *shape[:2], *shape[3:], dtype=SINK_DTYPES[cfg.sink_dtype], device=device)
         self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
         self.mask = torch.zeros(1, 1, 1, shape[2] * shape[3], dtype=torch.bool, device=device)
 
@@ -186,8 +187,8 @@ class RingCache:
         slot = torch.where(self.count < slots, self.count, cfg.sink + (self.count - cfg.sink) % ring)[None]
         if cfg.sink_mode == "ema":
             evicted = torch.stack([z.index_select(2, slot)[:, :, 0] for z in (self.raw, self.values)])
-            ema = self.sink.lerp(evicted.float(), 1 - cfg.sink_decay)
-            first = torch.stack(new).float()
+            ema = self.sink.lerp(evicted.to(self.sink.dtype), 1 - cfg.sink_decay)
+            first = torch.stack(new).to(self.sink.dtype)
             kept = torch.where(self.count >= slots, ema, self.sink)
             self.sink.copy_(torch.where(self.count == 0, first, kept))
         self.raw.index_copy_(2, slot, new[0].unsqueeze(2).to(self.raw.dtype))

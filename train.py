@@ -184,6 +184,8 @@ def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
     everyone = processes.gather(scores)
     inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)
     mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
+    if cfg.released_weight:
+        mine, intra = mine[:1], intra[:1]
     stats = {name: everyone[:, i].mean() for i, name in enumerate(AXES)}
     stats |= {"w_inter": inter.mean(), "ess": effective_share(inter), "w_intra_max": intra.max()}
     return rearrange(mine, "b -> b 1 1 1 1") * intra, stats

@@ -309,6 +309,22 @@ def test_ema_sink_equals_its_definition(tiny, model, kind, dtype):
             torch.testing.assert_close(mine.double(), exact, **close)
 
 
+@pytest.mark.parametrize("kind", [ListCache, RingCache])
+def test_a_bf16_ema_sink_stands_still(tiny, model, kind):
+    """The released code's sink at its own decay, .999: in bf16 most of its movement is lost to rounding."""
+    sinks = {}
+    for dtype in ("fp32", "bf16"):
+        cfg = replace(tiny, sink_mode="ema", sink=1, window=4, sink_decay=0.999, sink_dtype=dtype)
+        cache = ListCache(model, cfg) if kind is ListCache else RingCache(model, cfg, 1)
+        given = [random_kv(cfg, 1, seed) for seed in range(24)]
+        for kv in given:
+            cache.commit(kv)
+        values = given[0][0][1]
+        sinks[dtype] = cache.read(0)[1][:, : values.shape[1]] - values
+    lost = (sinks["bf16"] - sinks["fp32"]).norm() / sinks["fp32"].norm()
+    assert sinks["fp32"].abs().max() > 0 and lost > 0.5
+
+
 # -- positions -----------------------------------------------------------------------------------------------
 
 

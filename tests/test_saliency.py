@@ -43,6 +43,21 @@ def test_argmax_is_where_the_reward_looks(frame, row, column):
         assert (sample.flatten().topk(2).values.diff() < 0).all()
 
 
+def test_released_patch_order_moves_the_argmax():
+    """The counterpart: cells in 2 x 2 blocks read as rows. Cell (0, 2) of a 4 x 6 grid is the fifth in block
+    order, so it lands in column 4; the temporal factor does not change."""
+    saliency = torch.full((1, 1, 2, 4, 6), 0.1)
+    saliency[0, 0, 1, 0, 2] = 1
+    plain, released = (
+        intra_weight(saliency, torch.zeros(1, 1), replace(Config(), released_patch_order=on))
+        for on in (False, True)
+    )
+    assert divmod(int(plain[0, 1].argmax()), 6) == (0, 2)
+    assert divmod(int(released[0, 1].argmax()), 6) == (0, 4)
+    torch.testing.assert_close(plain.mean((-1, -2)), released.mean((-1, -2)))
+    assert torch.equal(plain.flatten().sort().values, released.flatten().sort().values)
+
+
 @pytest.mark.parametrize("frame", range(9))
 def test_time_map_of_a_causal_codec(frame):
     """Catches latents cut as four frames each: latent 0 is frame 0 alone, latent k ends with frame 4k."""
