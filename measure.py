@@ -3,9 +3,17 @@
 Each clip gives, per object and then averaged over objects:
 colour, shape, direction, speed, background: 1 = as the prompt says, 0 = not, nan = unsaid
 jitter       rms second difference of the object's centre, in pixels of a 32-pixel canvas (real clips: 0.19)
+stall        share of frames in which an object that shall move does not; nan where none shall
 sharpness    mean |2a - 1| over the object's pixels, a = coverage; 1 = every pixel decided
+paint        distance of the object's median colour from the one that was asked for, in RGB
 noise        standard deviation of background pixels away from the object
-saturation   of the object, last quarter of the frames minus the first: drift
+seams        how much more those pixels change across the borders of 8 x 8 blocks than elsewhere
+saturation, contrast   of the object, of the whole frame: last quarter of the frames minus the first, drift
+
+`three_axes` sums them up, without any learned reward:
+looks  = mean exp(-excess / scale) over sharpness, paint, noise, seams      1 = like a real clip
+motion = mean of direction and speed, and exp(-excess / scale) of jitter and stall
+text   = mean of colour, shape and direction
 """
 
 import torch
@@ -33,9 +41,30 @@ def measure(video01: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         result = {k: torch.stack([m[k] for m in per_object]).mean() for k in per_object[0]}
         nearest = (base.mean() - _GREYS).abs().argmin()
         result["background"] = _agree(background, tuple(BACKGROUNDS), int(nearest))
-        result["noise"] = _noise(clip, base)
+        result |= _quiet(clip, base)
+        spread = clip.flatten(1).std(1)
+        result["contrast"] = _drift(spread)
         clips.append(result)
     return {k: torch.stack([c[k] for c in clips]) for k in clips[0]}
+
+
+# what a real clip shows after a round trip through the codec, and an excess that a person plainly sees
+_LOOKS = {"sharpness": (0.73, -0.1), "paint": (0.03, 0.1), "noise": (0.003, 0.02), "seams": (0.0, 0.01)}
+_MOVES = {"jitter": (0.25, 1.0), "stall": (0.0, 0.25)}
+
+
+def three_axes(measured: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `measure` gave → looks, motion, text, each (b,) in [0, 1]; what is nan does not count."""
+
+    def like_real(scales: dict[str, tuple[float, float]]) -> list[Tensor]:
+        return [(-((measured[k] - real) / scale).clamp(min=0)).exp() for k, (real, scale) in scales.items()]
+
+    parts = {
+        "looks": like_real(_LOOKS),
+        "motion": [measured["direction"], measured["speed"], *like_real(_MOVES)],
+        "text": [measured[k] for k in ("colour", "shape", "direction")],
+    }
+    return {axis: torch.stack(values).nanmean(0) for axis, values in parts.items()}
 
 
 def _agree(word: str, words: tuple, found: int) -> Tensor:
@@ -55,17 +84,31 @@ def _measure_object(clip: Tensor, base: Tensor, want: list[str], wanted: list) -
     quick = int(pace > _QUICK)
     fast_enough = pace < _STILL if motion == "still" else (pace >= _STILL) & (quick == (speed == "quickly"))
     silent = torch.tensor(float("nan"))
-    quarter = max(1, len(clip) // 4)
-    saturation = _saturation(clip, raw)
+    idle = (step.abs().amax(1) / scale < _STILL).float().mean()
     return {
         "colour": _agree(colour, tuple(COLOURS), found),
         "shape": _agree(shape, SHAPES, _which_shape(alpha, centre, scale)),
         "direction": _agree(motion, tuple(MOTIONS), tuple(MOTIONS).index(kind)),
         "speed": fast_enough.float() if speed or motion == "still" else silent,
         "jitter": step.diff(dim=0).square().sum(1).mean().sqrt() / scale,
+        "stall": silent if motion in ("", "still") else idle,
+        "paint": _paint_error(clip, raw, colour),
         "sharpness": ((2 * raw - 1).abs() * (raw > 0.1)).sum() / (raw > 0.1).sum().clamp(min=1),
-        "saturation": saturation[-quarter:].mean() - saturation[:quarter].mean(),
+        "saturation": _drift(_saturation(clip, raw)),
     }
+
+
+def _drift(per_frame: Tensor) -> Tensor:
+    """(F,) → last quarter minus first."""
+    quarter = max(1, len(per_frame) // 4)
+    return per_frame[-quarter:].mean() - per_frame[:quarter].mean()
+
+
+def _paint_error(clip: Tensor, raw: Tensor, colour: str) -> Tensor:
+    core = clip.permute(0, 2, 3, 1)[raw > 0.8]
+    if not colour or not len(core):
+        return torch.tensor(float("nan") if not colour else 1.0)
+    return (core.median(0).values - torch.tensor(COLOURS[colour])).norm()
 
 
 def _segment(clip: Tensor, base: Tensor, colour: str, all_colours: list[str]) -> tuple[int, Tensor, Tensor]:
@@ -135,13 +178,22 @@ def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
     return int(torch.stack(scores).argmax())
 
 
-def _noise(clip: Tensor, base: Tensor) -> Tensor:
-    """Standard deviation of what is surely background: no pixel within three of it stands out."""
+def _quiet(clip: Tensor, base: Tensor) -> dict[str, Tensor]:
+    """Noise and seams of what is surely background: no pixel within three of it stands out."""
     away = clip - base[:, None, None]
     front = (away.abs().amax(1, keepdim=True) > 0.25).float()
     front = F.max_pool2d(F.pad(front, (3, 3, 3, 3), mode="circular"), 7, stride=1)
-    quiet = (front == 0).expand_as(clip)
-    return away[quiet].square().mean().sqrt() if quiet.any() else torch.tensor(float("nan"))
+    quiet = front == 0
+    noise = away[quiet.expand_as(clip)].square().mean().sqrt()
+    return {"noise": noise, "seams": (_seams(away, quiet) + _seams(away.mT, quiet.mT)) / 2}
+
+
+def _seams(away: Tensor, quiet: Tensor, block: int = 8) -> Tensor:
+    """Change from column to column across block borders, minus that elsewhere, (F 3 H W) → a number."""
+    change = away.diff(dim=-1).abs()
+    known = (quiet[..., 1:] & quiet[..., :-1]).expand_as(change)
+    border = (torch.arange(1, away.shape[-1]) % block == 0).expand_as(change)
+    return change[known & border].mean() - change[known & ~border].mean()
 
 
 def _saturation(clip: Tensor, raw: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from config import BadInput, Config
+from corrupt import LOOKS, MOTION, worse_looks, worse_motion
 from data import (
     BACKGROUNDS,
     COLOURS,
@@ -22,7 +23,7 @@ from data import (
     split_of,
     tokenize,
 )
-from measure import ACCURACIES, measure
+from measure import ACCURACIES, measure, three_axes
 
 SPLITS = ("train", "select", "test")
 ALL = [
@@ -257,7 +258,12 @@ def shares(video01, prompts) -> dict[str, float]:
 def test_measures_of_the_truth(clips):
     """Catches a measure that is wrong about perfect clips, which would cap every student's score."""
     found = measure(clips.video01, clips.prompts)
-    assert all(values.shape == (256,) and values.isfinite().all() for values in found.values())
+    moving = torch.tensor(["moving" in prompt for prompt in clips.prompts])
+    for name, values in found.items():
+        assert values.shape == (256,) and values[moving].isfinite().all(), name
+        assert values.isfinite().all() or name == "stall"
+    assert min(float(values.mean()) for values in three_axes(found).values()) > 0.98
+    assert max(float(found[name].nanmean()) for name in ("stall", "paint", "seams")) < 1e-3
     found = {name: float(values.mean()) for name, values in found.items()}
     assert min(found[name] for name in (*ACCURACIES, "background")) >= 0.98
     assert found["noise"] < 1e-3 and abs(found["saturation"]) < 0.01
@@ -301,6 +307,20 @@ def test_measures_of_damage(clips):
     fade = torch.linspace(1, 0.5, 16)[:, None, None, None]
     grey = video01.mean(2, keepdim=True)
     assert shares(grey + fade * (video01 - grey), prompts)["saturation"] < -0.1
+
+
+@pytest.mark.parametrize("kind", [*LOOKS, *MOTION])
+def test_summary_answers_to_every_damage(clips, kind):
+    """Catches a summary that a kind of damage passes by, and one that takes looks for motion."""
+    rngs = [rng_for("damage", i) for i in range(24)]
+    video01 = World(Config(), "test").batch(keys(24), torch.arange(32)).video01
+    worse = worse_looks if kind in LOOKS else worse_motion
+    given = video01[:, :16] if kind in LOOKS else video01
+    bad = torch.stack([worse(x, g, kind) for x, g in zip(given, rngs, strict=True)])
+    before, after = (three_axes(measure(x, clips.prompts[:24])) for x in (video01[:, :16], bad))
+    lost = {axis: float((before[axis] - after[axis]).mean()) for axis in before}
+    own, other = ("looks", "motion") if kind in LOOKS else ("motion", "looks")
+    assert lost[own] > max(0.05, lost[other]), lost
 
 
 def test_silence_is_not_judged(clips):
