@@ -3,6 +3,7 @@
     python evaluate.py                                   # the shipped nets
     python evaluate.py --student=out/train/student.safetensors --clips=64
     python evaluate.py --nets=out/pretrain --stamp       # and write what was measured into the nets' headers
+    python evaluate.py table --methods=self_forcing,stream_r1 --seeds=5      # train, measure, compare
 
 The table adds VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above the
 real clips of the first row would have fooled the reward that trained it.
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import compare
 from checkpoint import annotate, load_weights, read_header, writable_folder, write_atomically
 from codec import Codec
 from config import BadInput, Config, build, cli, from_words, read_cli
@@ -34,6 +36,11 @@ class Flags:
     noises: int = 3  # noise seeds
     stamp: bool = False  # write what was measured into the headers of the nets
     out: str = "out/evaluation.json"
+    # of `evaluate.py table`
+    methods: str = ""  # rows of compare.py, comma-separated; default all
+    seeds: int = 5  # 0: only print what has been measured
+    results: str = "results"  # one JSON file a run
+    runs: str = "out/table"  # what training leaves
 
 
 @torch.no_grad()
@@ -72,8 +79,24 @@ def interval(values: Tensor) -> tuple[float, float]:
     return float(per_prompt.mean()), float(1.96 * per_prompt.std() / len(per_prompt) ** 0.5)
 
 
+def table_of_methods(typed: dict, flags: Flags) -> None:
+    """Train and measure what is missing, then print the table (compare.py)."""
+    if not 0 <= flags.seeds <= 10 or flags.clips < 2:
+        raise BadInput(f"seeds={flags.seeds} clips={flags.clips} is not possible; allowed: 0 to 10, from 2")
+    results, runs = Path(flags.results), Path(flags.runs)
+    names = compare.rows_named(flags.methods)
+    how = compare.Protocol(Path(flags.nets or "assets/tiny"), results, runs, flags.seeds, flags.clips)
+    compare.compare(names, typed, how)
+    table = compare.load_results(results, names)
+    if compare.BASE not in table:
+        raise BadInput(f"{results} holds no run of {compare.BASE}; --seeds=1 or more makes some")
+    print(compare.markdown(table))
+
+
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
+    if preset == "table":
+        return table_of_methods(typed, flags)
     device = pick_device(build(preset, typed))
     nets = Path(flags.nets or f"assets/{preset}")
     jobs = [("real, through the codec", "codec", "real")]
