@@ -1,0 +1,130 @@
+"""The bridge to the real thing: checkpoints of Wan2.1 and of what others have distilled from it.
+
+`VideoDiT` has Wan's block and Wan's original parameter names, so that a checkpoint is a matter of finding the
+tensors and agreeing on names. Read are, by what a file holds rather than by what it is called:
+
+original Wan: diffusion_pytorch_model*.safetensors or *.pth, with names as in model.py
+diffusers: the same in transformer/, sharded or not, with names such as attn1.to_q
+Self-Forcing, Reward-Forcing, LongLive, CausVid: *.pt with "generator_ema" or "generator" inside and names
+behind "model." and "_fsdp_wrapped_module."
+
+Every tensor has to find its place and every place its tensor. Only tensors are read: no pickled code runs.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoint import write_atomically
+from config import BadInput
+
+_INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
+_PREFIXES = ("model.diffusion_model.", "model.", "_fsdp_wrapped_module.", "module.")
+_EMBEDDERS = {
+    "text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
+    "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2",
+    "time_projection.1": "time_proj",
+}  # fmt: skip
+_OUTSIDE = {k: f"condition_embedder.{v}" for k, v in _EMBEDDERS.items()} | {
+    "patch_embedding": "patch_embedding", "head.head": "proj_out", "head.modulation": "scale_shift_table",
+}  # fmt: skip
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_IN_BLOCK = {
+    "modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
+}  # fmt: skip
+
+
+def rename(name: str, to_diffusers: bool) -> str:
+    """One parameter's name in the other convention. Raises BadInput for a name that has none."""
+    block, outside = "", _OUTSIDE
+    if name.startswith("blocks."):
+        number = name.split(".")[1]
+        block, outside = f"blocks.{number}.", _IN_BLOCK
+    module = name.removeprefix(block)
+    kind = module.rpartition(".")[2]
+    kind = f".{kind}" if kind in ("weight", "bias") else ""
+    table = outside if to_diffusers else {theirs: ours for ours, theirs in outside.items()}
+    if module.removesuffix(kind) not in table:
+        raise BadInput(f"{name} is no parameter of Wan2.1's text-to-video transformer")
+    return block + table[module.removesuffix(kind)] + kind
+
+
+def load_wan(path: str | Path, net: nn.Module) -> nn.Module:
+    """Put a checkpoint's tensors into `net`; one on the meta device takes them as they are, dtype included.
+
+    Raises BadInput when a file is missing or unreadable, or does not fit.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    if any(name.startswith("condition_embedder.") for name in tensors):
+        tensors = {rename(name, to_diffusers=False): x for name, x in tensors.items()}
+    wanted = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in tensors.items()}
+    for what, names in (
+        ("lacks", wanted.keys() - found.keys()), ("has too much:", found.keys() - wanted.keys()),
+        ("has other shapes:", {k for k in wanted.keys() & found.keys() if wanted[k] != found[k]}),
+    ):  # fmt: skip
+        if names:
+            few = ", ".join(f"{n} {found.get(n, wanted.get(n))}" for n in sorted(names)[:3])
+            raise BadInput(f"{path} {what} {few}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    meta = any(p.is_meta for p in net.parameters())
+    net.load_state_dict(tensors, assign=meta)
+    return net.eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A file, or the transformer in a folder → {name: tensor}, names without wrappers. Raises BadInput."""
+    if path.is_dir():
+        inner = path / "transformer" if (path / "transformer").is_dir() else path
+        return {k: v for part in shards(inner) for k, v in read_tensors(part).items()}
+    if not path.is_file():
+        raise BadInput(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch and safetensors raise half a dozen kinds for a file that is not theirs
+        raise BadInput(f"{path} cannot be read as tensors ({type(error).__name__})") from error
+    for name in _INSIDE:
+        if isinstance(tensors, dict) and isinstance(tensors.get(name), dict):
+            tensors = tensors[name]
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise BadInput(f"{path} holds no network; looked for tensors, also inside {' '.join(_INSIDE)}")
+    return {_bare(name): x for name, x in tensors.items()}
+
+
+def _bare(name: str) -> str:
+    while any(name.startswith(prefix) for prefix in _PREFIXES):
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+    return name.replace("._fsdp_wrapped_module.", ".").replace("._checkpoint_wrapped_module.", ".")
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, all that its index names. Raises BadInput when one is missing."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():
+        parts = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        parts = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing or not parts:
+        allowed = "diffusion_pytorch_model*.safetensors, alone or in transformer/"
+        raise BadInput(f"{folder} lacks {missing[0] if missing else 'weights'}; expected: {allowed}")
+    return parts
+
+
+def save_wan(path: Path, net: nn.Module, diffusers: bool = False) -> None:
+    """The network as safetensors, under Wan's original names or diffusers', for other people's code."""
+    tensors = {k: v.contiguous().cpu() for k, v in net.state_dict().items()}
+    if diffusers:
+        tensors = {rename(k, to_diffusers=True): v for k, v in tensors.items()}
+    write_atomically(Path(path), lambda name: save_file(tensors, name, {"format": "pt"}))
