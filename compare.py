@@ -1,58 +1,68 @@
 """Does it do what the papers say? Every method and every part of it, trained alike, measured alike.
 
 A row is a name for a handful of Config fields. Each row is trained once per seed from the same teacher and
-causal start, with the same prompts and the same noise (a draw depends on its seed, step and sample alone), so
-rows are compared pair by pair. Each run leaves one JSON file, from which the table is computed; a comparison
+causal start with the same prompts, and with the same noise as long as rows draw alike (a row with other steps
+or another context takes other numbers from the same generators). So rows are compared pair by pair, a part of
+a method with its own control. Each run leaves one JSON file, from which the table is computed; a comparison
 that was interrupted goes on where it stopped.
 
 Reported are prompts of the test split; prompts of the select split choose the checkpoint (train.py). No
 learned reward takes part in the measures (measure.py).
 """
 
+import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint import load_weights, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import METHODS, BadInput, Config, from_words
+from config import METHODS, BadInput, Config, build, from_words
 from data import World, caption, rng_for, tokenize
 from measure import measure, three_axes
 from model import VideoDiT
 from rollout import step_grid, stream
 
-BASE = "self_forcing"
+BASE, WINDOWED = (
+    "self_forcing",
+    "windowed",
+)  # plain DMD: with the whole clip in view; with window and EMA sink
 _RF, _SR1, _DIAGONAL = ({"method": name} for name in ("reward_forcing", "stream_r1", "diagonal"))
-_INTER = _SR1 | {"space": False, "time": False, "balance": "none"}
+_PART = _SR1 | {"beta": 0.0, "space": False, "time": False, "balance": "none"}
 ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
+    WINDOWED: _PART,
     # Reward Forcing's parts: the sink, its decay, its precision
-    "reward_forcing-window_only": _RF | {"sink": 0, "sink_mode": "none", "beta": 0.0},
     "reward_forcing-no_sink": _RF | {"sink": 0, "sink_mode": "none"},
     "reward_forcing-static_sink": _RF | {"sink_mode": "static"},
     "reward_forcing-ema.9": _RF | {"sink_decay": 0.9},
     "reward_forcing-ema.999": _RF | {"sink_decay": 0.999},
     "reward_forcing-ema.999_bf16": _RF | {"sink_decay": 0.999, "sink_dtype": "bf16"},
-    # Stream-R1's parts
-    "stream_r1-inter": _INTER,
-    "stream_r1-space": _INTER | {"beta": 0.0, "space": True},
-    "stream_r1-space_scrambled": _INTER | {"beta": 0.0, "space": True, "released_patch_order": True},
-    "stream_r1-time": _INTER | {"beta": 0.0, "time": True},
-    "stream_r1-time_space": _INTER | {"beta": 0.0, "time": True, "space": True},
+    # Stream-R1's parts; penalty and axis weights with a history short enough to act in a short run
+    "stream_r1-inter": _PART | {"beta": 0.5},
+    "stream_r1-space": _PART | {"space": True},
+    "stream_r1-space_scrambled": _PART | {"space": True, "released_patch_order": True},
+    "stream_r1-time": _PART | {"time": True},
+    "stream_r1-time_space": _PART | {"time": True, "space": True},
     "stream_r1-unbalanced": _SR1 | {"balance": "none"},
-    "stream_r1-axis_weights": _SR1 | {"balance": "axis_weights", "balance_window": 10},
+    "stream_r1-penalty10": _SR1 | {"balance_window": 10},
+    "stream_r1-axis_weights10": _SR1 | {"balance": "axis_weights", "balance_window": 10},
     "stream_r1-group4": _SR1 | {"group": 4},
     "stream_r1-one_weight": _SR1 | {"released_weight": True},
     "stream_r1-kv_grad": _SR1 | {"kv_grad": True},
     # Diagonal Distillation's parts
     "diagonal-432": _DIAGONAL | {"taper": "432"},
-    "diagonal-taper": {"method": BASE, "taper": "5432"},
-    "diagonal-no_refresh": {"method": BASE, "context": "none"},
+    "diagonal-taper": _DIAGONAL | {"motion": 0.0, "context": "clean"},
+    "diagonal-no_refresh": _DIAGONAL | {"motion": 0.0, "taper": "uniform"},
+    "diagonal-motion": _DIAGONAL | {"taper": "uniform", "context": "clean"},
     "diagonal-motion0": _DIAGONAL | {"motion": 0.0},
     "diagonal-motion1": _DIAGONAL | {"motion": 1.0},
     "diagonal-motion4": _DIAGONAL | {"motion": 4.0},
@@ -60,7 +70,13 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
     "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
 }
-CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # levels at which students of the context rows are sampled
+CONTEXTS = (
+    0.0,
+    0.1,
+    0.2,
+    0.357,
+    0.6,
+)  # levels at which the base's and the context rows' students are sampled
 FAR = 9  # drift is looked for at this many times the training length
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 2 to 10 seeds
 
@@ -74,41 +90,84 @@ class Protocol:
     clips: int  # prompts of the test split
 
 
-def rows_named(names: str) -> list[str]:
-    """ "a,b" → row names, the base first; empty: all of them. Raises BadInput."""
+def reference(row: str) -> str:
+    """What a row is compared with: the same cache without the row's own idea."""
+    return WINDOWED if row.startswith(("reward_forcing", "stream_r1", "diagonal", "first")) else BASE
+
+
+def rows_named(names: str, typed: dict) -> list[str]:
+    """Comma-separated names (empty: all rows) → row names, both controls first. Raises BadInput, also for a
+    typed field that a row is made of."""
     wanted = [name for name in names.split(",") if name] or list(ROWS)
     for name in wanted:
         if name not in ROWS:
             raise BadInput(f"--methods: {name!r} is not possible; allowed: {' '.join(ROWS)}")
-    return [BASE, *(name for name in wanted if name != BASE)]
+    wanted = [BASE, WINDOWED, *(name for name in wanted if name not in (BASE, WINDOWED))]
+    for name in wanted:
+        own = {"seed"} | ROWS[name].keys() | METHODS[ROWS[name]["method"]].keys()
+        if clash := own & typed.keys():
+            raise BadInput(f"--{min(clash)} is part of what the row {name!r} stands for; leave it out")
+    return wanted
 
 
 def compare(names: list[str], typed: dict, how: Protocol) -> None:
-    """Train and measure every row with every seed, seed by seed, unless its file is there already."""
+    """Train and measure every row with every seed, seed by seed, unless its file is there already.
+
+    A run that fails is noted as failed, and the others go on. Raises BadInput for a file of other settings.
+    """
     writable_folder(str(how.results))
-    for seed in range(how.seeds):
-        for name in names:
-            path = how.results / f"{name}-{seed}.json"
-            if path.exists():
-                continue
-            folder = how.runs / f"{name}-{seed}"
-            command = train(ROWS[name] | typed, seed, folder, how)
-            found = judge(folder, seed, how) | {"row": name, "seed": seed, "command": command}
-            text = json.dumps(found)
-            write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-            print(f"{path}", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the running training along
+    nets = fingerprint(how.nets)
+    for seed, name in product(range(how.seeds), names):
+        path, folder = how.results / f"{name}-{seed}.json", how.runs / f"{name}-{seed}"
+        asked = asked_for(ROWS[name] | typed | {"seed": seed}, nets, how.clips)
+        if path.exists():
+            if json.loads(path.read_text())["asked"] != asked:
+                raise BadInput(f"{path} was made with other settings or nets; choose another --results")
+            continue
+        found = {"row": name, "seed": seed, "asked": asked} | run(name, typed, seed, folder, how)
+        text = json.dumps(found)
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        for state in folder.glob("step_*.pt"):  # 50 MB each, and of no more use
+            state.unlink()
+        print(path, flush=True)
 
 
-def train(given: dict, seed: int, folder: Path, how: Protocol) -> str:
-    """Run train.py, or what is left of it → its command line. Raises BadInput when it fails."""
-    argv = [as_flag(k, v) for k, v in given.items()]
+def fingerprint(nets: Path) -> str:
+    """Of the tensors a run starts from; headers, which may be annotated, do not count."""
+    digest = hashlib.sha256()
+    for kind in ("codec", "teacher", "causal", "reward"):
+        read_header(nets / f"{kind}.safetensors")
+        for _, tensor in sorted(load_file(nets / f"{kind}.safetensors").items()):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def asked_for(given: dict, nets: str, clips: int) -> dict:
+    """What makes results comparable: every field of the config that matters, the prompts, and the nets."""
+    cfg = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(build("tiny", given)).items()}
+    return {"clips": clips, "nets": nets} | {
+        k: v for k, v in cfg.items() if k not in ("device", "save_every")
+    }
+
+
+def run(name: str, typed: dict, seed: int, folder: Path, how: Protocol) -> dict:
+    """Run train.py, or what is left of it, and measure its student → what was found, or how it failed."""
+    argv = [as_flag(k, v) for k, v in (ROWS[name] | typed).items()]
     argv = ["train.py", *argv, f"--seed={seed}", f"--nets={how.nets}", f"--out={folder}"]
     resume = ["--resume"] if list(folder.glob("step_*.pt")) else []
     script = Path(__file__).with_name("train.py")
+    found = {"command": f"python {' '.join(argv)}"}
     done = subprocess.run([sys.executable, str(script), *argv[1:], *resume], check=False)
+    if done.returncode == 2:  # it has said why
+        raise BadInput(f"{found['command']} was refused")
     if done.returncode:
-        raise BadInput(f"python {' '.join(argv)} ended with exit code {done.returncode}")
-    return f"python {' '.join(argv)}"
+        return found | {"failed": done.returncode}
+    steps = json.loads((folder / "config.json").read_text())["steps"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    if last < steps:
+        raise BadInput(f"{folder} stopped at step {last} of {steps}; the same command goes on from there")
+    return found | judge(name, folder, seed, how)
 
 
 def as_flag(name: str, value) -> str:
@@ -118,7 +177,7 @@ def as_flag(name: str, value) -> str:
     return f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
-def judge(folder: Path, seed: int, how: Protocol) -> dict:
+def judge(name: str, folder: Path, seed: int, how: Protocol) -> dict:
     """Measure a run's student, and one of the context rows or the base under every level of context noise."""
     path = folder / "student.safetensors"
     header = read_header(path)
@@ -126,13 +185,12 @@ def judge(folder: Path, seed: int, how: Protocol) -> dict:
     student = load_weights(path, VideoDiT(cfg), cfg, "student")
     codec = load_weights(how.nets / "codec.safetensors", Codec(cfg), cfg, "codec")
     views, seconds = watch(student, codec, cfg, seed, how.clips)
-    if cfg.context == "noisy" or cfg == replace(cfg, **METHODS[BASE]):
+    if name == BASE or name.startswith("context-"):
         for t in CONTEXTS:
             sampled = replace(cfg, context="noisy", context_t=t)
             other, _ = watch(student, codec, sampled, seed, min(how.clips, 32))
             views[f"beyond, sampled with context {t}"] = other["beyond"]
     return {
-        "config": {f.name: value for f in fields(Config) if (value := getattr(cfg, f.name)) != f.default},
         "chosen step": int(header["step"]),
         "training": training(folder),
         "forwards": sum(len(step_grid(cfg, k)) + (cfg.context != "none") for k in range(7)),
@@ -180,18 +238,23 @@ def per_prompt(parts: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
 
 
 def load_results(results: Path, names: list[str]) -> dict[str, dict[int, dict]]:
-    """{row: {seed: what `judge` found}} of the rows that have been run."""
+    """{row: {seed: what was found}} of the rows that have been run. Raises BadInput if mixed."""
     table: dict[str, dict[int, dict]] = {}
+    made = set()
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
         if found["row"] in names:
             table.setdefault(found["row"], {})[found["seed"]] = found
+            made.add(tuple(found["asked"][k] for k in ("nets", "clips", "steps", "batch")))
+    if len(made) > 1:
+        raise BadInput(f"{results} mixes runs of other nets, prompts, steps or batches: {sorted(made)}")
     return {name: table[name] for name in names if name in table}
 
 
 def mean_of(found: dict, view: str, name: str) -> float:
+    """Over prompts; of a drift its size: brighter in one clip does not make up for darker in another."""
     values = [v for v in found["views"][view][name] if v is not None]
-    return sum(values) / len(values)
+    return sum(abs(v) if name.endswith("drift") else v for v in values) / max(1, len(values))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -210,21 +273,43 @@ COLUMNS = (
 
 
 def markdown(table: dict[str, dict[int, dict]]) -> str:
-    """One line a row: means and 95 % intervals over seeds, and in brackets the paired difference to BASE."""
-    heads = [f"{name}{' x9' if view == 'beyond' else ''}" for name, view in COLUMNS]
+    """One line a row: means and 95 % intervals over seeds, in brackets the paired difference to `reference`.
+
+    Failed runs are counted, not averaged. Of many intervals one in twenty excludes zero by chance.
+    """
+    good = {row: {s: f for s, f in runs.items() if "failed" not in f} for row, runs in table.items()}
+    heads = [f"{name}{f' x{FAR}' if view == 'beyond' else ''}" for name, view in COLUMNS]
     lines = ["| row | n | " + " | ".join(heads) + " | ess | forwards |", "|---" * (len(heads) + 4) + "|"]
+    for row, runs in good.items():
+        n = f"{len(runs)}" + (f" ({lost} failed)" if (lost := len(table[row]) - len(runs)) else "")
+        if not runs:
+            lines.append(f"| {row} | {n} |" + " |" * (len(heads) + 2))
+            continue
+        control = good.get(reference(row), {}) if row != reference(row) else {}
+        cells = [_cell(runs, control, view, name) for name, view in COLUMNS]
+        ess = [found["training"]["ess"] for found in runs.values() if "ess" in found["training"]]
+        cells += [f"{sum(ess) / len(ess):.2f}" if ess else "", str(next(iter(runs.values()))["forwards"])]
+        lines.append(f"| {row} | {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(runs: dict[int, dict], control: dict[int, dict], view: str, name: str) -> str:
+    mean, half = interval([mean_of(found, view, name) for found in runs.values()])
+    shared = sorted(runs.keys() & control.keys())
+    if not shared:
+        return f"{mean:.3f} ± {half:.3f}"
+    gains = [mean_of(runs[s], view, name) - mean_of(control[s], view, name) for s in shared]
+    return "{:.3f} ± {:.3f} ({:+.3f} ± {:.3f})".format(mean, half, *interval(gains))
+
+
+def crossed(table: dict[str, dict[int, dict]], name: str = "contrast_drift") -> str:
+    """Rows: the context noise in training. Columns: in sampling. Mean size of the drift over seeds."""
+    lines = [f"| {name}, trained with | " + " | ".join(f"sampled {t}" for t in CONTEXTS) + " |"]
+    lines.append("|---" * (len(CONTEXTS) + 1) + "|")
     for row, runs in table.items():
-        cells = []
-        for name, view in COLUMNS:
-            mean, half = interval([mean_of(found, view, name) for found in runs.values()])
-            cell = f"{mean:.3f} ± {half:.3f}"
-            shared = runs.keys() & table[BASE].keys()
-            if row != BASE and shared:
-                gains = [mean_of(runs[s], view, name) - mean_of(table[BASE][s], view, name) for s in shared]
-                cell += " ({:+.3f} ± {:.3f})".format(*interval(gains))
-            cells.append(cell)
-        some = next(iter(runs.values()))
-        ess = some["training"].get("ess")
-        cells += ["" if ess is None else f"{ess:.2f}", str(some["forwards"])]
-        lines.append(f"| {row} | {len(runs)} | " + " | ".join(cells) + " |")
+        found = [f for f in runs.values() if "failed" not in f]
+        if found and (row == BASE or row.startswith("context-")):
+            views = [f"beyond, sampled with context {t}" for t in CONTEXTS]
+            cells = ["{:.3f} ± {:.3f}".format(*interval([mean_of(f, v, name) for f in found])) for v in views]
+            lines.append(f"| {row.removeprefix('context-')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

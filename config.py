@@ -76,7 +76,7 @@ class Config:
     floor_time: float = 0.2
     fuse_temperature: float = 1.0  # softmax(-reward / T) over axes: the weakest axis speaks loudest
     released_patch_order: bool = False  # scramble the spatial map as the released code does
-    released_weight: bool = False  # a process' first rollout weighs for all, as in the released code
+    released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0
@@ -139,6 +139,8 @@ class Config:
         enough = bool(self.data) or self.text_length > 4 * self.objects
         check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
+        even = not any(size // self.stride % 2 for size in (self.height, self.width))
+        check("released_patch_order", even or not self.released_patch_order, "with even latent sizes")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
 
     @property
@@ -295,8 +297,9 @@ def from_words(text: str, typed: dict | None = None) -> Config:
     known = {f.name for f in fields(Config)}
     made = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items() if k in known}
     typed = typed or {}
-    if typed.get("method", made["method"]) != made["method"]:
-        what = f"method={typed['method']} is not possible with weights of {made['method']}"
+    method = made.get("method", Config.method)
+    if typed.get("method", method) != method:
+        what = f"method={typed['method']} is not possible with weights of {method}"
         raise BadInput(f"{what}; type the fields it stands for (config.py), such as --taper or --context")
     return Config(**(made | typed))
 

@@ -84,13 +84,14 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     if not 0 <= flags.seeds <= 10 or flags.clips < 2:
         raise BadInput(f"seeds={flags.seeds} clips={flags.clips} is not possible; allowed: 0 to 10, from 2")
     results, runs = Path(flags.results), Path(flags.runs)
-    names = compare.rows_named(flags.methods)
+    names = compare.rows_named(flags.methods, typed)
     how = compare.Protocol(Path(flags.nets or "assets/tiny"), results, runs, flags.seeds, flags.clips)
-    compare.compare(names, typed, how)
+    if flags.seeds:
+        compare.compare(names, typed, how)
     table = compare.load_results(results, names)
-    if compare.BASE not in table:
-        raise BadInput(f"{results} holds no run of {compare.BASE}; --seeds=1 or more makes some")
-    print(compare.markdown(table))
+    if not table:
+        raise BadInput(f"{results} holds no runs of these rows; --seeds=1 or more makes some")
+    print(compare.markdown(table), compare.crossed(table), sep="\n\n")
 
 
 def main() -> None:

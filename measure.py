@@ -1,7 +1,8 @@
 """What a clip shows, held against what its prompt asked for: from pixels alone, no learned network.
 
 Each clip gives, per object and then averaged over objects:
-colour, shape, direction, speed, background: 1 = as the prompt says, 0 = not, nan = unsaid
+colour, shape, direction, speed, background: 1 = as the prompt says, 0 = not, nan = unsaid. An object that is
+             not there is not as the prompt says, and neither is anything in a clip that is not finite.
 jitter       rms second difference of the object's centre, in pixels of a 32-pixel canvas (real clips: 0.19)
 stall        share of frames in which an object that shall move does not; nan where none shall
 sharpness    mean |2a - 1| over the object's pixels, a = coverage; 1 = every pixel decided
@@ -13,7 +14,7 @@ saturation, contrast   of the object, of the whole frame: last quarter of the fr
 `three_axes` sums them up, without any learned reward:
 looks  = mean exp(-excess / scale) over sharpness, paint, noise, seams      1 = like a real clip
 motion = mean of direction and speed, and exp(-excess / scale) of jitter and stall
-text   = mean of colour, shape and direction
+text   = mean of colour, shape, direction and background
 """
 
 import torch
@@ -25,6 +26,9 @@ from data import BACKGROUNDS, COLOURS, MOTIONS, RADIUS, SHAPES, SPEEDS, parse, s
 ACCURACIES = ("colour", "shape", "direction", "speed")
 _PALETTE = torch.tensor(list(COLOURS.values()))
 _GREYS = torch.tensor(list(BACKGROUNDS.values()))
+_GONE = 16  # pixels on a 32-pixel canvas: less of an object than this in most frames is no object (real: 70)
+_WORST = {"colour": 0, "shape": 0, "direction": 0, "speed": 0, "background": 0, "jitter": 16, "stall": 1,
+          "sharpness": 0, "paint": 1, "noise": 1, "seams": 1}  # fmt: skip
 _STILL = 0.3  # pixels per frame on a 32-pixel canvas: slower than this is standing still
 _QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
 
@@ -33,18 +37,19 @@ def measure(video01: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """video01 (b F 3 H W) in [0, 1], F >= 4, and a prompt for each → {measure: (b,)}."""
     clips = []
     for clip, prompt in zip(video01.float().cpu(), prompts, strict=True):
+        broken = not clip.isfinite().all()
+        clip = torch.zeros_like(clip) if broken else clip
         things = len(prompt.lower().split(" and "))
         *words, background = parse(prompt, things)
         wanted = [words[4 * i : 4 * i + 4] for i in range(things)]
         base = clip.transpose(0, 1).flatten(1).median(dim=1).values  # objects never cover half the canvas
         per_object = [_measure_object(clip, base, want, wanted) for want in wanted]
-        result = {k: torch.stack([m[k] for m in per_object]).mean() for k in per_object[0]}
+        result = {k: torch.stack([m[k] for m in per_object]).nanmean() for k in per_object[0]}
         nearest = (base.mean() - _GREYS).abs().argmin()
         result["background"] = _agree(background, tuple(BACKGROUNDS), int(nearest))
         result |= _quiet(clip, base)
-        spread = clip.flatten(1).std(1)
-        result["contrast"] = _drift(spread)
-        clips.append(result)
+        result["contrast"] = _drift(clip.flatten(1).std(1))
+        clips.append(result | {k: result[k] * 0 + worst for k, worst in _WORST.items() if broken})
     return {k: torch.stack([c[k] for c in clips]) for k in clips[0]}
 
 
@@ -62,7 +67,7 @@ def three_axes(measured: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = {
         "looks": like_real(_LOOKS),
         "motion": [measured["direction"], measured["speed"], *like_real(_MOVES)],
-        "text": [measured[k] for k in ("colour", "shape", "direction")],
+        "text": [measured[k] for k in ("colour", "shape", "direction", "background")],
     }
     return {axis: torch.stack(values).nanmean(0) for axis, values in parts.items()}
 
@@ -82,10 +87,11 @@ def _measure_object(clip: Tensor, base: Tensor, want: list[str], wanted: list) -
     pace = velocity.abs().max()
     kind = "still" if pace < _STILL else _direction(velocity)
     quick = int(pace > _QUICK)
+    gone = (alpha.sum((1, 2)) < _GONE * scale**2).float().mean() > 0.5
     fast_enough = pace < _STILL if motion == "still" else (pace >= _STILL) & (quick == (speed == "quickly"))
     silent = torch.tensor(float("nan"))
     idle = (step.abs().amax(1) / scale < _STILL).float().mean()
-    return {
+    result = {
         "colour": _agree(colour, tuple(COLOURS), found),
         "shape": _agree(shape, SHAPES, _which_shape(alpha, centre, scale)),
         "direction": _agree(motion, tuple(MOTIONS), tuple(MOTIONS).index(kind)),
@@ -96,6 +102,7 @@ def _measure_object(clip: Tensor, base: Tensor, want: list[str], wanted: list) -
         "sharpness": ((2 * raw - 1).abs() * (raw > 0.1)).sum() / (raw > 0.1).sum().clamp(min=1),
         "saturation": _drift(_saturation(clip, raw)),
     }
+    return result | {k: result[k] * 0 + worst for k, worst in _WORST.items() if gone and k in result}
 
 
 def _drift(per_frame: Tensor) -> Tensor:
@@ -179,11 +186,12 @@ def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
 
 
 def _quiet(clip: Tensor, base: Tensor) -> dict[str, Tensor]:
-    """Noise and seams of what is surely background: no pixel within three of it stands out."""
+    """Noise and seams of what is surely background, no pixel within three standing out; of all if none is."""
     away = clip - base[:, None, None]
     front = (away.abs().amax(1, keepdim=True) > 0.25).float()
     front = F.max_pool2d(F.pad(front, (3, 3, 3, 3), mode="circular"), 7, stride=1)
     quiet = front == 0
+    quiet = quiet if quiet.any() else torch.ones_like(quiet)
     noise = away[quiet.expand_as(clip)].square().mean().sqrt()
     return {"noise": noise, "seams": (_seams(away, quiet) + _seams(away.mT, quiet.mT)) / 2}
 

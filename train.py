@@ -37,7 +37,7 @@ from checkpoint import (
     write_atomically,
 )
 from codec import Codec
-from config import Config, cli, from_cli
+from config import BadInput, Config, cli, from_cli
 from data import ClipFolder, World, caption, randn, rng_for, source_of, tokenize
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from measure import ACCURACIES, measure
@@ -183,9 +183,10 @@ def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
             scores, intra = run.reward(video01, text), torch.ones(1, 1, 1, 1, 1, device=x.device)
     everyone = processes.gather(scores)
     inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)
-    mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
     if cfg.released_weight:
-        mine, intra = mine[:1], intra[:1]
+        inter = inter.view(-1, len(x))[:, :1].expand(-1, len(x)).flatten()
+        intra = intra[:1]
+    mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
     stats = {name: everyone[:, i].mean() for i, name in enumerate(AXES)}
     stats |= {"w_inter": inter.mean(), "ess": effective_share(inter), "w_intra_max": intra.max()}
     return rearrange(mine, "b -> b 1 1 1 1") * intra, stats
@@ -315,6 +316,8 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
         Balancer(cfg),
     )  # fmt: skip
     if state:
+        if state["step"] > cfg.steps:
+            raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
         restore(run, state)
     if rank == 0:
         facts = {"torch": torch.__version__, "world": world, "nets": str(nets)}

@@ -2,14 +2,20 @@
 
 import json
 import math
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_train import KEYS, nets  # noqa: F401  (a fixture)
 
 import compare
 import evaluate
-from config import METHODS, PRESETS, build, cli
+from config import PRESETS, build, cli
 from rollout import step_grid
 
 
@@ -20,15 +26,20 @@ def call(monkeypatch, *argv):
 
 @pytest.mark.parametrize("name", compare.ROWS)
 def test_rows_are_possible(name):
-    """Every row is a config that can be built, of a method that exists, and not the base under a new name."""
+    """Every row can be built; its control has the same cache (but for rows about it) and nothing else."""
     cfg = build("tiny", compare.ROWS[name])
-    assert cfg.method in METHODS
-    assert name == compare.BASE or cfg != build("tiny", compare.ROWS[compare.BASE])
+    control = build("tiny", compare.ROWS[compare.reference(name)])
+    assert (
+        not (control.beta or control.space or control.time or control.motion) and control.taper == "uniform"
+    )
+    if "sink" not in name and "ema" not in name and name != compare.WINDOWED:
+        assert (cfg.window, cfg.sink_mode) == (control.window, control.sink_mode)
 
 
 def test_rows_differ():
-    made = [build("tiny", given) for given in compare.ROWS.values()]
-    assert len({repr(cfg) for cfg in made}) == len(made)
+    """Catches two names for one thing."""
+    made = [repr(replace(build("tiny", given), method="")) for given in compare.ROWS.values()]
+    assert len(set(made)) == len(made)
 
 
 @pytest.mark.parametrize("value, typed", [
@@ -38,23 +49,66 @@ def test_fields_as_they_are_typed(value, typed):
     assert compare.as_flag("x", value) == typed
 
 
-def test_table_trains_measures_resumes(nets, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Catches rows with other prompts or noise than their base, runs that are made twice, and lost files."""
-    where = [f"--nets={nets}", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs", "--clips=2"]
-    small = [*KEYS, "--steps=1", "--methods=diagonal"]
-    call(monkeypatch, *where, *small, "--seeds=1")
+@pytest.fixture
+def where(nets, tmp_path):  # noqa: F811
+    folders = [f"--nets={nets}", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs", "--clips=2"]
+    return [*folders, *KEYS, "--methods=diagonal", "--seeds=1"]
+
+
+def test_table_trains_measures_resumes(where, tmp_path, monkeypatch, capsys):
+    """Catches runs that are made twice or mixed with others, states left behind, and results nobody sees."""
+    call(monkeypatch, *where, "--steps=1")
     names = {p.name for p in (tmp_path / "results").iterdir()}
-    assert names == {"self_forcing-0.json", "diagonal-0.json"}
+    assert names == {"self_forcing-0.json", "windowed-0.json", "diagonal-0.json"}
     found = json.loads((tmp_path / "results/diagonal-0.json").read_text())
-    assert found["forwards"] == 20 and found["config"]["method"] == "diagonal"
+    assert found["forwards"] == 20 and found["asked"]["method"] == "diagonal"
     assert {"looks", "saturation_drift"} <= set(found["views"]["beyond"])
     assert all(len(values) == 2 for view in found["views"].values() for values in view.values())
-    assert "| diagonal | 1 |" in capsys.readouterr().out
     base = json.loads((tmp_path / "results/self_forcing-0.json").read_text())["views"]
     assert sum("sampled with context" in view for view in base) == 5 and len(found["views"]) == 2
     assert base["beyond, sampled with context 0.0"]["jitter"] == base["beyond"]["jitter"], "0 is clean"
-    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("a run was made twice"))
-    call(monkeypatch, *where, *small, "--seeds=1")
+    assert not list((tmp_path / "runs").rglob("step_*.pt"))
+    said = capsys.readouterr().out
+    assert "| diagonal | 1 |" in said and "| self_forcing | " in said.rpartition("trained with")[2]
+    monkeypatch.setattr(compare, "run", lambda *a: pytest.fail("a run was made twice"))
+    call(monkeypatch, *where, "--steps=1")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *where, "--steps=2")
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on(where, tmp_path, monkeypatch):
+    """Half of a training lies there: the rest is added, and the student equals an uninterrupted one's."""
+    call(monkeypatch, *where, "--steps=2", "--methods=windowed")
+    shutil.move(tmp_path / "runs/windowed-0", tmp_path / "whole")
+    for path in (tmp_path / "results").glob("windowed*"):
+        path.unlink()
+    half = [*KEYS, *map(lambda kv: compare.as_flag(*kv), compare.ROWS["windowed"].items())]
+    command = ["train.py", where[0], f"--out={tmp_path}/runs/windowed-0", *half, "--steps=1", "--seed=0"]
+    subprocess.run([sys.executable, *command], cwd=Path(compare.__file__).parent, check=True)
+    call(monkeypatch, *where, "--steps=2", "--methods=windowed")
+    one, two = (load_file(folder / "student.safetensors") for folder in
+                (tmp_path / "whole", tmp_path / "runs/windowed-0"))  # fmt: skip
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_failed_run_is_counted_and_the_others_go_on(where, tmp_path, monkeypatch, capsys):
+    done = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: done)
+    call(monkeypatch, *where, "--steps=1")
+    assert json.loads((tmp_path / "results/diagonal-0.json").read_text())["failed"] == 1
+    assert "| diagonal | 0 (1 failed) |" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_is_not_measured(where, tmp_path, monkeypatch, capsys):
+    """train.py ends a SIGTERM with exit code 0; half a training must not be taken for a whole one."""
+    real = subprocess.run
+    monkeypatch.setattr(compare.subprocess, "run", lambda a, **k: real([*a, "--steps=1"], **k))
+    monkeypatch.setattr(compare.json, "loads", lambda text, loads=json.loads: loads(text) | {"steps": 2})
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *where, "--steps=1")
+    assert "stopped at step 1 of 2" in capsys.readouterr().err
+    assert not list((tmp_path / "results").iterdir())
 
 
 def test_intervals():
@@ -73,13 +127,20 @@ def test_differences_are_paired():
 
     base = {seed: run(0.2 * seed) for seed in range(4)}
     better = {seed: run(0.2 * seed + 0.1) for seed in range(1, 4)}
-    line = compare.markdown({compare.BASE: base, "better": better}).splitlines()[-1]
-    assert line.startswith("| better | 3 | 0.500 ± 0.497 (+0.100 ± 0.000)"), line
+    line = compare.markdown({compare.WINDOWED: base, "diagonal": better}).splitlines()[-1]
+    assert line.startswith("| diagonal | 3 | 0.500 ± 0.497 (+0.100 ± 0.000)"), line
+
+
+def test_drifts_do_not_cancel():
+    found = {"views": {"beyond": {"contrast_drift": [0.3, -0.3, None], "looks": [0.3, -0.3, None]}}}
+    assert compare.mean_of(found, "beyond", "contrast_drift") == pytest.approx(0.3)
+    assert compare.mean_of(found, "beyond", "looks") == 0
 
 
 @pytest.mark.parametrize("argv, needle", [
     (["--methods=nonsense"], "nonsense"), (["--seeds=-1"], "seeds"),
-    (["--seeds=0", "--results=none"], "no run"),
+    (["--seeds=0", "--results=none"], "no run"), (["--method=stream_r1"], "leave it out"),
+    (["--beta=1"], "--beta"), (["--nets=none"], "none/codec.safetensors"),
 ])  # fmt: skip
 def test_bad_input(monkeypatch, capsys, tmp_path, argv, needle):
     monkeypatch.chdir(tmp_path)
