@@ -323,6 +323,41 @@ def test_summary_answers_to_every_damage(clips, kind):
     assert lost[own] > max(0.05, lost[other]), lost
 
 
+@pytest.mark.parametrize("damage", ["nan", "blank", "gone", "snow"])
+def test_nothing_to_see_scores_worst(clips, damage):
+    """Catches a clip that loses its bad measures with its object: not a number, a bare ground, an object that
+    leaves after a quarter, pure noise."""
+    video01 = clips.video01[:32].clone()
+    if damage == "nan":
+        video01[:, 3, 0, 5, 5] = float("nan")
+    if damage == "blank":
+        video01[:] = video01[:, :1, :, :1, :1]
+    if damage == "gone":
+        video01[:, 4:] = video01.flatten(3).median(3).values[:, 4:, :, None, None]
+    if damage == "snow":
+        video01 = torch.rand(video01.shape, generator=rng_for("snow"))
+    found = measure(video01, clips.prompts[:32])
+    for name, values in (found | three_axes(found)).items():
+        assert values.isfinite().all() or name == "stall", name
+    if damage != "snow":
+        assert all((found[name] == 0).all() for name in ACCURACIES)
+        assert found["jitter"].min() > 10
+    assert three_axes(found)["motion"].mean() < 0.4 and three_axes(found)["looks"].mean() < 0.55
+
+
+def test_seams_and_contrast_on_their_own(clips):
+    """Catches measures of nothing: steps at the borders of 8 x 8 blocks, a fade to grey, of known size."""
+    video01, prompts = clips.video01[:24], clips.prompts[:24]
+    checks = (torch.arange(32) // 8 % 2)[:, None] ^ (torch.arange(32) // 8 % 2)[None, :]
+    assert shares(video01 + 0.04 * checks, prompts)["seams"] == pytest.approx(0.04, rel=0.05)
+    assert shares(video01 + 0.04 * checks.roll(4, 0).roll(4, 1), prompts)["seams"] < 0.0
+    fade = torch.linspace(1, 0.5, 16)[:, None, None, None]
+    mean = video01.mean((2, 3, 4), keepdim=True)
+    full = video01[:, 0].flatten(1).std(1).mean()
+    drift = shares(mean + fade * (video01 - mean), prompts)["contrast"]
+    assert drift == pytest.approx(-0.4 * float(full), rel=0.05)
+
+
 def test_silence_is_not_judged(clips):
     """Catches a clip that loses points for what nobody asked for."""
     found = measure(clips.video01[:2], ["a circle", "a red ring moving left"])
