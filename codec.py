@@ -7,6 +7,8 @@ have latents at equal distances. Without that a pixel's motion is a tangle in la
 transformer cannot follow: it learns colours and shapes, and no motion at all (LOG.md).
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -63,6 +65,10 @@ class Codec(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """(b F c h w) → (b F 3 H W) in [0, 1]. Frame by frame, so a stream decodes chunk by chunk."""
         return self._decode(x).clamp(0, 1)
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """A decoder for a clip's latents part after part. Frames are independent: it needs no memory."""
+        return self.decode
 
     def _decode(self, x: Tensor) -> Tensor:
         pixels = self.decoder(rearrange(x, "b f c h w -> (b f) c h w"))

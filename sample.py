@@ -82,16 +82,16 @@ def decoded(
     student, codec, texts, cfg: Config, flags: Flags, given: Tensor | None, seconds: list
 ) -> Iterator[Tensor]:
     """video01 (F 3 H W) chunk after chunk; notes the seconds each one took."""
-    past = () if given is None else given.split(cfg.chunk, dim=1)
+    past, decode = () if given is None else given.split(cfg.chunk, dim=1), codec.stream()
     if given is not None:
-        yield codec.decode(given)[0].float()
+        yield decode(given)[0].float()
     chunks = -(-(flags.frames - (0 if given is None else given.shape[1])) // cfg.chunk)
     rngs = [rng_for(flags.seed, "sample", 0)]
     with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
         start = time.perf_counter()
         parts = stream(student, texts, cfg, rngs, chunks, cache=RingCache(student, cfg, batch=1), past=past)
         for x in tqdm(parts, total=chunks, unit="chunk"):
-            video01 = codec.decode(x)[0].float().cpu()
+            video01 = decode(x)[0].float().cpu()
             seconds.append(time.perf_counter() - start)
             yield video01
             start = time.perf_counter()

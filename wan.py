@@ -12,9 +12,11 @@ Every tensor has to find its place and every place its tensor. Only tensors are 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -120,6 +122,90 @@ def shards(folder: Path) -> list[Path]:
         allowed = "diffusion_pytorch_model*.safetensors, alone or in transformer/"
         raise BadInput(f"{folder} lacks {missing[0] if missing else 'weights'}; expected: {allowed}")
     return parts
+
+
+# -- the video codec ----------------------------------------
+
+
+class WanCodec(nn.Module):
+    """Wan2.1's causal VAE behind `Codec`'s interface: pixels (b F 3 H W) in [0, 1], F = 1 + 4 k, ↔ latents
+    (b f 16 H/8 W/8), f = 1 + k, standardised per channel with Wan's own means and deviations.
+
+    Latent 0 is frame 0 alone, latent k is frames 4k-3 ... 4k. `vae`: diffusers' AutoencoderKLWan.
+    """
+
+    time_stride = 4
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae.eval()
+        shape = (1, 1, -1, 1, 1)
+        self.register_buffer("mean", torch.tensor(vae.config.latents_mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(vae.config.latents_std).view(shape), persistent=False)
+
+    def encode(self, video01: Tensor) -> Tensor:
+        """The posterior's mode, as Wan takes it. Raises ValueError unless F = 1 + 4 k and within [0, 1]."""
+        low, high = video01.aminmax()
+        if low < -1e-3 or high > 1 + 1e-3 or video01.shape[1] % 4 != 1:
+            raise ValueError(
+                f"{video01.shape[1]} frames within [{low:.3f}, {high:.3f}]; needed: 1 + 4 k in [0, 1]"
+            )
+        z = self.vae.encode(rearrange(video01, "b f c h w -> b c f h w") * 2 - 1).latent_dist.mode()
+        return (rearrange(z, "b c f h w -> b f c h w") - self.mean) / self.std
+
+    def decode(self, x: Tensor) -> Tensor:
+        """A whole clip at once; differentiable."""
+        return self.stream()(x)
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """A decoder with a memory: called with a clip's latents part after part, it gives their frames, the
+        same as all at once."""
+        memory: list = [None] * sum(isinstance(m, _causal_conv()) for m in self.vae.decoder.modules())
+        seen = 0
+
+        def decode_next(x: Tensor) -> Tensor:
+            nonlocal seen
+            z = self.vae.post_quant_conv(rearrange(x * self.std + self.mean, "b f c h w -> b c f h w"))
+            frames = []
+            for latent in z.split(1, dim=2):
+                first = {"first_chunk": True} if seen == 0 else {}
+                frames.append(self.vae.decoder(latent, feat_cache=memory, feat_idx=[0], **first))
+                seen += 1
+            return (rearrange(torch.cat(frames, 2), "b c f h w -> b f c h w") / 2 + 0.5).clamp(0, 1)
+
+        return decode_next
+
+
+def _causal_conv() -> type:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return WanCausalConv3d
+
+
+def load_vae(path: str | Path) -> WanCodec:
+    """Wan2.1_VAE.pth, or a folder in diffusers' format (with vae/ inside or not). Raises BadInput."""
+    try:
+        from diffusers import AutoencoderKLWan
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    except ImportError as error:
+        raise BadInput("Wan's codec needs diffusers: pip install 'stream-r1[wan]'") from error
+    path = Path(path)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        try:
+            return WanCodec(AutoencoderKLWan.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{folder} holds no Wan VAE: {str(error).splitlines()[0]}") from error
+    tensors = convert_wan_vae_to_diffusers(read_tensors(path))
+    try:
+        vae = AutoencoderKLWan()
+        vae.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BadInput(f"{path} is no Wan2.1 VAE: {str(error).splitlines()[1].strip()}") from error
+    return WanCodec(vae)
+
+
+# -- saving ----------------------------------------
 
 
 def save_wan(path: Path, net: nn.Module, diffusers: bool = False) -> None:

@@ -94,7 +94,7 @@ def test_budgets():
     assert total <= TOTAL, f"{total} lines of product code; the budget is {TOTAL}"
 
 
-TOTAL = 3860
+TOTAL = 3920
 
 
 def depth(node, level=0) -> int:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from config import PRESETS, BadInput
 from model import VideoDiT
-from wan import load_wan, rename, save_wan
+from wan import WanCodec, load_vae, load_wan, rename, save_wan
 
 pytest.importorskip("diffusers")
-from diffusers import WanTransformer3DModel  # noqa: E402
+from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers  # noqa: E402
 
 
@@ -146,3 +146,74 @@ def test_unreadable(cfg, tmp_path):
     lost = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     shutil.move(lost, tmp_path / "elsewhere")
     refused(tmp_path / "sharded", f"lacks {lost.name}")
+
+
+# -- the video codec ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """diffusers' class with random weights: 4 of 16 channels, their own means and deviations."""
+    torch.manual_seed(0)
+    stats = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [2.0, 1.5, 1.0, 0.5]}
+    return AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1, **stats).eval()
+
+
+@pytest.fixture(scope="module")
+def video01():
+    return torch.rand(2, 13, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_codec_equals_diffusers(vae, video01):
+    """Catches pixels in the wrong range, statistics on the wrong side, swapped axes."""
+    codec = WanCodec(vae)
+    x = codec.encode(video01)
+    z = vae.encode(video01.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    stats = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = stats
+    torch.testing.assert_close(x.transpose(1, 2), (z - mean) / std)
+    assert x.shape == (2, 4, 4, 4, 6)
+    expected = vae.decode(z).sample.transpose(1, 2) / 2 + 0.5
+    torch.testing.assert_close(codec.decode(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [[1, 1, 1, 1], [3, 1], [2, 2]])
+def test_codec_streams(vae, video01, parts):
+    """Part after part = all at once, exactly: 1 + 4 k frames from the first part, 4 a latent after it."""
+    codec = WanCodec(vae)
+    x = codec.encode(video01)
+    decode = codec.stream()
+    pieces = [decode(part) for part in x.split(parts, dim=1)]
+    assert [p.shape[1] for p in pieces] == [4 * n - (3 if i == 0 else 0) for i, n in enumerate(parts)]
+    torch.testing.assert_close(torch.cat(pieces, 1), codec.decode(x), atol=1e-6, rtol=1e-6)
+    again = codec.stream()(x[:, :1])
+    torch.testing.assert_close(again, pieces[0][:, :1], atol=1e-6, rtol=1e-6)
+
+
+def test_codec_is_differentiable(vae, video01):
+    """Saliency and direct reward gradients go through it; time runs forwards only."""
+    codec = WanCodec(vae)
+    x = codec.encode(video01).detach().requires_grad_()
+    codec.decode(x)[:, 1:5].sum().backward()
+    reached = x.grad.abs().sum((0, 2, 3, 4))
+    assert (reached[:2] > 0).all() and (reached[2:] == 0).all()
+
+
+def test_codec_refuses(vae, video01, tmp_path):
+    with pytest.raises(ValueError, match="12 frames"):
+        WanCodec(vae).encode(video01[:, :12])
+    with pytest.raises(BadInput, match="no Wan VAE"):
+        load_vae(tmp_path)
+    torch.save({"decoder.x": torch.zeros(2)}, tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(BadInput, match="is no Wan2.1 VAE"):
+        load_vae(tmp_path / "Wan2.1_VAE.pth")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", ["", "vae"])
+def test_codec_from_a_folder(vae, video01, tmp_path, inner):
+    vae.save_pretrained(tmp_path / inner)
+    x = load_vae(tmp_path).encode(video01)
+    torch.testing.assert_close(x, WanCodec(vae).encode(video01))
