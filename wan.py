@@ -11,17 +11,20 @@ behind "model." and "_fsdp_wrapped_module."
 Every tensor has to find its place and every place its tensor. Only tensors are read: no pickled code runs.
 """
 
+import hashlib
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from checkpoint import write_atomically
+from checkpoint import writable_folder, write_atomically
 from config import BadInput
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
@@ -203,6 +206,56 @@ def load_vae(path: str | Path) -> WanCodec:
     except RuntimeError as error:
         raise BadInput(f"{path} is no Wan2.1 VAE: {str(error).splitlines()[1].strip()}") from error
     return WanCodec(vae)
+
+
+# -- text ----------------------------------------
+
+
+class WanText:
+    """Prompts → (b 512 4096): umT5's states, zero after the prompt's end, as Wan was trained on them.
+
+    Wan attends to all 512 places, so zeros are part of its input. With a `folder`, the states of every prompt
+    are kept there and the encoder (11 GB) is asked once a prompt; another encoder needs another folder.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer, folder: str | Path = "", length: int = 512):
+        self.encoder, self.tokenizer, self.length = encoder.eval(), tokenizer, length
+        self.folder = writable_folder(str(folder)) if folder else None
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        return torch.stack([F.pad(x, (0, 0, 0, self.length - len(x))) for x in map(self._states, prompts)])
+
+    @torch.no_grad()
+    def _states(self, prompt: str) -> Tensor:
+        """(l 4096) for the prompt's own tokens, the end mark included."""
+        words = " ".join(html.unescape(html.unescape(prompt)).split())
+        name = hashlib.sha256(f"{self.length} {words}".encode()).hexdigest()[:24]
+        path = self.folder / f"{name}.safetensors" if self.folder else None
+        if path and path.is_file():
+            return load_file(path)["states"]
+        tokens = self.tokenizer(words, truncation=True, max_length=self.length, return_tensors="pt")
+        device = next(self.encoder.parameters()).device
+        given = {k: tokens[k].to(device) for k in ("input_ids", "attention_mask")}
+        states = self.encoder(**given).last_hidden_state[0].cpu()
+        if path:
+            write_atomically(path, lambda temporary: save_file({"states": states}, temporary))
+        return states
+
+
+def load_text(path: str | Path, cache: str | Path = "") -> WanText:
+    """A folder in diffusers' format, text_encoder/ and tokenizer/ inside. Raises BadInput."""
+    try:
+        from transformers import AutoTokenizer, UMT5EncoderModel
+    except ImportError as error:
+        raise BadInput("Wan's text encoder needs transformers: pip install 'stream-r1[wan]'") from error
+    folder = Path(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise BadInput(f"{folder} lacks a text_encoder/ or tokenizer/ that can be read: {said}") from error
+    return WanText(encoder, tokenizer, cache)
 
 
 # -- saving ----------------------------------------

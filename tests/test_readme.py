@@ -94,7 +94,7 @@ def test_budgets():
     assert total <= TOTAL, f"{total} lines of product code; the budget is {TOTAL}"
 
 
-TOTAL = 3920
+TOTAL = 4000
 
 
 def depth(node, level=0) -> int:

@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from config import PRESETS, BadInput
 from model import VideoDiT
-from wan import WanCodec, load_vae, load_wan, rename, save_wan
+from wan import WanCodec, load_text, load_vae, load_wan, rename, save_wan
 
 pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
 
 @pytest.fixture
@@ -217,3 +219,63 @@ def test_codec_from_a_folder(vae, video01, tmp_path, inner):
     vae.save_pretrained(tmp_path / inner)
     x = load_vae(tmp_path).encode(video01)
     torch.testing.assert_close(x, WanCodec(vae).encode(video01))
+
+
+# -- text ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def umt5(tmp_path_factory):
+    """A folder as diffusers has it: a tiny umT5 with random weights, a tokenizer of a dozen words."""
+    folder = tmp_path_factory.mktemp("umt5")
+    words = ["<pad>", "</s>", "<unk>", *"a cat dog runs on the red mat &".split()]
+    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    marks = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, **marks).save_pretrained(
+        folder / "tokenizer"
+    )
+    sizes = dict(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    torch.manual_seed(0)
+    encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes, dropout_rate=0.0)).eval()
+    encoder.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@torch.no_grad()
+def test_text_equals_transformers(umt5):
+    """A batch padded and masked by transformers gives the same states; after the end are exact zeros."""
+    text = load_text(umt5)
+    text.length = 12
+    prompts = ["a cat runs on the red mat", "a   dog"]
+    ours = text(prompts)
+    padded = text.tokenizer(prompts, padding="max_length", max_length=12, return_tensors="pt")
+    expected = text.encoder(padded.input_ids, padded.attention_mask).last_hidden_state
+    expected = expected * padded.attention_mask[..., None]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert padded.attention_mask.sum(1).tolist() == [8, 3] and (ours[1, 3:] == 0).all()
+    assert torch.equal(text(["a cat &amp; the dog"]), text(["a cat & the dog"]))
+
+
+def test_text_is_cut_at_its_length(umt5):
+    text = load_text(umt5)
+    text.length = 4
+    assert text(["a cat runs on the red mat"]).shape == (1, 4, 24)
+
+
+def test_text_is_kept(umt5, tmp_path, monkeypatch):
+    """The second time the encoder is not asked; another prompt is another file."""
+    text = load_text(umt5, tmp_path / "cache")
+    first = text(["a cat", "a dog"])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(text.encoder, "forward", lambda **k: pytest.fail("asked again"))
+    assert torch.equal(text(["a dog", " a  cat"]), first.flip(0))
+
+
+def test_text_that_is_not_there(tmp_path, umt5):
+    with pytest.raises(BadInput, match="lacks a text_encoder"):
+        load_text(tmp_path)
+    shutil.copytree(umt5 / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(BadInput, match="lacks a text_encoder"):
+        load_text(tmp_path)
