@@ -1,10 +1,9 @@
 """Does it do what the papers say? Every method and every part of it, trained alike, measured alike.
 
 A row is a name for a handful of Config fields. Each row is trained once per seed from the same teacher and
-causal start with the same prompts, and with the same noise as long as rows draw alike (a row with other steps
-or another context takes other numbers from the same generators). So rows are compared pair by pair, a part of
-a method with its own control. Each run leaves one JSON file, from which the table is computed; a comparison
-that was interrupted goes on where it stopped.
+causal start, with the same prompts and the same noise (rollout.stream; only a taper draws its exit from more
+steps), so rows are compared pair by pair, a part of a method with its own control. Each run leaves one JSON
+file, from which the table is computed; a comparison that was interrupted goes on where it stopped.
 
 Reported are prompts of the test split; prompts of the select split choose the checkpoint (train.py). No
 learned reward takes part in the measures (measure.py).

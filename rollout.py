@@ -48,34 +48,37 @@ def rollout_chunks(cfg: Config, *key: int | str) -> int:
     return int(torch.randint(cfg.chunks, cfg.chunks * cfg.horizon + 1, (), generator=rng))
 
 
-def denoise_chunk(student, x, text, cache, grid, rngs, exit=None, grad=False) -> tuple[Tensor, KV]:
-    """Noise (b f c h w) → the chunk as predicted at step `exit` (None: the last), and its KV there."""
+def denoise_chunk(student, noise, text, cache, grid, exit=None, grad=False) -> tuple[Tensor, KV]:
+    """Noise of every step, (b f c h w) each → the chunk as predicted at step `exit` (None: the last), its KV.
+
+    A function of tensors alone, without a random draw or a question to the device.
+    """
     last = len(grid) - 1 if exit is None else min(exit, len(grid) - 1)
+    x = noise[0]
     for i, level in enumerate(grid[: last + 1]):
         t = torch.full(x.shape[:2], level, device=x.device)
         with torch.set_grad_enabled(grad and i == last):
             v, kv = student(x, t, text, cache)
             x0 = to_x0(v, x, t)
         if i < last:
-            x = add_noise(x0, randn(rngs, *x.shape[1:], device=x.device), torch.full_like(t, grid[i + 1]))
+            x = add_noise(x0, noise[i + 1], torch.full_like(t, grid[i + 1]))
     return x0, kv
 
 
 @torch.no_grad()
-def context_kv(student, x0, text, cache, rngs, level: float) -> KV:
+def context_kv(student, x0, noise, text, cache, level: float) -> KV:
     """Keys and values of a finished chunk, noised to `level` (0 = clean): the refresh pass."""
     t = torch.full(x0.shape[:2], level, device=x0.device)
-    x = add_noise(x0, randn(rngs, *x0.shape[1:], device=x0.device), t) if level else x0
-    return student(x, t, text, cache)[1]
+    return student(add_noise(x0, noise, t) if level else x0, t, text, cache)[1]
 
 
-def _what_is_remembered(student, x0, kv, text, cache, rngs, cfg, grid, exit) -> KV:
+def _what_is_remembered(student, x0, kv, noise, text, cache, cfg, grid, exit) -> KV:
     """Clean, noisy, or ("none") the last step's own keys; after an early exit noised to that level."""
     finished = exit is None or exit >= len(grid) - 1
     if cfg.context == "none" and finished:
         return kv
     level = {"clean": 0.0, "noisy": cfg.context_t, "none": grid[-1]}[cfg.context]
-    fresh = context_kv(student, x0.detach(), text, cache, rngs, level)
+    fresh = context_kv(student, x0.detach(), noise, text, cache, level)
     if not cfg.kv_grad:
         return fresh
     pairs = zip(fresh, kv, strict=True)  # as released: the refresh's values, the exit step's gradient
@@ -100,25 +103,32 @@ def stream(
     generator per sample. exit, grad_from: training only, see `rollout`. past: given clean chunks to go on
     from. Memory does not grow: only the window is kept.
 
+    Each sample's generator is asked once, for a seed; every chunk draws from generators of its own. So a
+    chunk's noise depends neither on the exit nor on how many steps the chunks before it took, methods can be
+    compared on the same noise, and given the first chunks as `past` a stream goes on as it did.
+
     simplified: at a switch an EMA sink starts anew from the first chunk, without what was folded into it.
     """
     texts = text if isinstance(text, dict) else {0: text}
     text = texts[0]
+    seeds = [int(torch.randint(2**62, (), generator=g)) for g in rngs]
     cache = ListCache(student, cfg) if cache is None else cache
     first = list(past[: cfg.sink])
     recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
-    _rebuild(student, [*first, *recent], text, cache, rngs, cfg)
+    _rebuild(student, [*first, *recent], text, cache, [rng_for(s, "rebuild") for s in seeds], cfg)
     for index in count() if chunks is None else range(chunks):
         if index and index in texts:
             text = texts[index]
-            _rebuild(student, [*first, *recent], text, cache, rngs, cfg)
-        grid = step_grid(cfg, index)
+            again = [rng_for(s, "rebuild", index) for s in seeds]
+            _rebuild(student, [*first, *recent], text, cache, again, cfg)
+        grid, shape = step_grid(cfg, index), (cfg.chunk, *cfg.latent_shape)
         grad = grad_from is not None and index >= grad_from
-        noise = randn(rngs, cfg.chunk, *cfg.latent_shape, device=text.device)
-        x0, kv = denoise_chunk(student, noise, text, cache, grid, rngs, exit, grad)
+        own = [rng_for(s, len(past) + index) for s in seeds]
+        context, *noise = _chunk_noise(own, 1 + len(grid), shape, text.device)
+        x0, kv = denoise_chunk(student, noise, text, cache, grid, exit, grad)
         yield x0
         if index + 1 != chunks:  # nobody looks back at the last chunk
-            cache.commit(_what_is_remembered(student, x0, kv, text, cache, rngs, cfg, grid, exit))
+            cache.commit(_what_is_remembered(student, x0, kv, context, text, cache, cfg, grid, exit))
             (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 
@@ -127,7 +137,13 @@ def _rebuild(student, kept, text, cache, rngs, cfg: Config) -> None:
     cache.reset()
     level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 1)[-1]}[cfg.context]
     for x0 in kept:
-        cache.commit(context_kv(student, x0, text, cache, rngs, level))
+        (noise,) = _chunk_noise(rngs, 1, x0.shape[1:], x0.device)
+        cache.commit(context_kv(student, x0, noise, text, cache, level))
+
+
+def _chunk_noise(rngs, count: int, shape, device) -> list[Tensor]:
+    """`count` draws (b *shape), one after the other from each sample's generator."""
+    return [randn(rngs, *shape, device=device) for _ in range(count)]
 
 
 def rollout(student, text, cfg: Config, rngs, chunks=None, exit: int | None = None, grad=False) -> Tensor:
