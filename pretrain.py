@@ -67,8 +67,8 @@ class Stage:
 
 STAGES = {
     "codec": Stage("codec", 4000, 32, 4e-3, "PSNR above 30 dB"),
-    "teacher": Stage("teacher", 7000, 32, 4e-3, "loss near 0.3"),
-    "causal": Stage("causal", 800, 16, 1e-3, "loss near the teacher's"),
+    "teacher": Stage("teacher", 7000, 32, 4e-3, "loss near 0.18"),
+    "causal": Stage("causal", 800, 16, 1e-3, "loss near 0.33"),
     "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
     "reward": Stage("reward", 1000, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
@@ -312,7 +312,7 @@ def report_reward(net: RewardModel, cfg: Config, flags: Flags, count: int = 256)
     scores = torch.cat([net(v.to(cfg.device), t) for v, t in held])
     net.mean.copy_(scores.mean(0)), net.std.copy_(scores.std(0))
     best, *damaged = scores.split(count)
-    pairs_won = [(best[:, i] > bad[:, i]).float().mean() for i, bad in enumerate(damaged)]
+    pairs_won = torch.stack([(best[:, i] > bad[:, i]).float().mean() for i, bad in enumerate(damaged)])
     rival01, rival_text = rival_clips(cfg, codec, source_of(cfg, "select"), flags, 64)
     rival = net(rival01.to(cfg.device), rival_text)
     rivals_won = (best[:, None] > rival).float().mean((0, 1))
