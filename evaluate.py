@@ -76,7 +76,8 @@ def interval(values: Tensor) -> tuple[float, float]:
     """(noises clips) → mean, half a 95 % interval over prompts: one prompt's noises are not independent."""
     per_prompt = values.nanmean(0)
     per_prompt = per_prompt[per_prompt.isfinite()]
-    return float(per_prompt.mean()), float(1.96 * per_prompt.std() / len(per_prompt) ** 0.5)
+    spread = per_prompt.std() if len(per_prompt) > 1 else torch.tensor(float("nan"))
+    return float(per_prompt.mean()), float(1.96 * spread / len(per_prompt) ** 0.5)
 
 
 def table_of_methods(typed: dict, flags: Flags) -> None:
