@@ -70,7 +70,7 @@ STAGES = {
     "teacher": Stage("teacher", 7000, 32, 4e-3, "loss near 0.18"),
     "causal": Stage("causal", 800, 16, 1e-3, "loss near 0.33"),
     "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
-    "reward": Stage("reward", 1000, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
+    "reward": Stage("reward", 1600, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
 
 
