@@ -9,6 +9,7 @@ Reported are prompts of the test split; prompts of the select split choose the c
 learned reward takes part in the measures (measure.py).
 """
 
+import fcntl
 import hashlib
 import json
 import signal
@@ -31,10 +32,7 @@ from measure import measure, three_axes
 from model import VideoDiT
 from rollout import step_grid, stream
 
-BASE, WINDOWED = (
-    "self_forcing",
-    "windowed",
-)  # plain DMD: with the whole clip in view; with window and EMA sink
+BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view; with window and EMA sink
 _RF, _SR1, _DIAGONAL = ({"method": name} for name in ("reward_forcing", "stream_r1", "diagonal"))
 _PART = _SR1 | {"beta": 0.0, "space": False, "time": False, "balance": "none"}
 ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
@@ -69,13 +67,7 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
     "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
 }
-CONTEXTS = (
-    0.0,
-    0.1,
-    0.2,
-    0.357,
-    0.6,
-)  # levels at which the base's and the context rows' students are sampled
+CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where the base's and the context rows' students are sampled
 FAR = 9  # drift is looked for at this many times the training length
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 2 to 10 seeds
 
@@ -112,7 +104,8 @@ def rows_named(names: str, typed: dict) -> list[str]:
 def compare(names: list[str], typed: dict, how: Protocol) -> None:
     """Train and measure every row with every seed, seed by seed, unless its file is there already.
 
-    A run that fails is noted as failed, and the others go on. Raises BadInput for a file of other settings.
+    The same command may be started several times side by side: a run is left to whoever took it first. A run
+    that fails is noted as failed, and the others go on. Raises BadInput for a file of other settings.
     """
     writable_folder(str(how.results))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the running training along
@@ -124,12 +117,24 @@ def compare(names: list[str], typed: dict, how: Protocol) -> None:
             if json.loads(path.read_text())["asked"] != asked:
                 raise BadInput(f"{path} was made with other settings or nets; choose another --results")
             continue
-        found = {"row": name, "seed": seed, "asked": asked} | run(name, typed, seed, folder, how)
-        text = json.dumps(found)
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        with open(writable_folder(str(folder)) / ".taken", "w") as file:
+            if not taken(file) or path.exists():
+                continue
+            found = {"row": name, "seed": seed, "asked": asked} | run(name, typed, seed, folder, how)
+            text = json.dumps(found)
+            write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         for state in folder.glob("step_*.pt"):  # 50 MB each, and of no more use
             state.unlink()
         print(path, flush=True)
+
+
+def taken(file) -> bool:
+    """Take a file for this process, until it is closed or the process ends, however it ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def fingerprint(nets: Path) -> str:

@@ -78,6 +78,7 @@ class Config:
     released_patch_order: bool = False  # scramble the spatial map as the released code does
     released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
+    tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0
     steps: int = 100  # student updates
@@ -159,6 +160,11 @@ class Config:
         return self.chunk // self.patch_time
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_tokens * self.grid[0] * self.grid[1]
+
+    @property
     def chunks(self) -> int:
         return self.frames // self.chunk
 
@@ -181,7 +187,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "codec_noise codec_straight window sink beta weight_cap balance_strength floor_space floor_time motion "
-    "seed beta1 beta2 critic_warmup"
+    "tilt seed beta1 beta2 critic_warmup"
 ).split()
 _CHOICES = {
     "predict": ("x", "v"),
@@ -216,6 +222,7 @@ METHODS: dict[str, dict] = {
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
     "first_chunk_more": dict(_PLAIN, taper="first"),
+    "tilted": dict(_PLAIN, tilt=2.0),
 }
 
 

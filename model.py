@@ -61,7 +61,7 @@ class Rope:
         self.widths = (head_dim - 2 * space, space, space)
 
     def angles(self, frames: Tensor, h: int, w: int) -> Tensor:
-        """Frame positions (f,) and a token grid → (2, f*h*w, 1, d/2): cosines and sines for every token."""
+        """Frame positions (f,) and a token grid → (f*h*w, 1, d/2) complex: a turn e^iθ for every token."""
         f, device = len(frames), frames.device
         places = (frames, torch.arange(h, device=device), torch.arange(w, device=device))
         at = [
@@ -73,16 +73,13 @@ class Rope:
             at[1][None, :, None].expand(f, h, w, -1),
             at[2][None, None, :].expand(f, h, w, -1),
         ], dim=-1)  # fmt: skip
-        angle = rearrange(angle, "f h w d -> (f h w) 1 d")
-        return torch.stack([angle.cos(), angle.sin()])
+        return torch.polar(torch.ones(()).to(angle), rearrange(angle, "f h w d -> (f h w) 1 d"))
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x (... n a d) by the tokens' angles, in fp32."""
-    cos, sin = angles
-    real, imag = rearrange(x.float(), "... (d two) -> two ... d", two=2)
-    turned = torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1)
-    return rearrange(turned, "... d two -> ... (d two)").to(x.dtype)
+    """Rotate neighbouring pairs of x (... n a d) by the tokens' turns (n 1 d/2), in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
 # -- what a chunk may see ----------------------------------------
@@ -113,16 +110,8 @@ class ListCache:
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config):
-        self.rope, self.cfg = model.rope, cfg
-        self.chunks: list[KV] = []
-        # per layer, all chunks joined and rotated: once a chunk, not once a pass
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    @property
-    def position(self) -> int:
-        """Position, in tokens along time, of the chunk that comes next."""
-        return len(self.chunks) * self.cfg.chunk_tokens
+        self.rope, self.cfg, self.device = model.rope, cfg, model.patch_embedding.weight.device
+        self.reset()
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, None] | None:
         """Rotated keys and values (b m a d) of everything remembered, or None when nothing is."""
@@ -140,14 +129,25 @@ class ListCache:
                     (k.to(dtype).lerp(new_k.to(dtype), share), v.to(dtype).lerp(new_v.to(dtype), share))
                     for (k, v), (new_k, new_v) in zip(self.chunks[0], oldest, strict=True)
                 ]
-        angles = self.rope.angles(torch.arange(self.position, device=kv[0][0].device), *cfg.grid)
+        angles = self._place()
         layers = [list(zip(*chunks, strict=True)) for chunks in zip(*self.chunks, strict=True)]
         like = kv[0][0].dtype
         self.keys = [rotate(torch.cat([k.to(like) for k in ks], dim=1), angles) for ks, _ in layers]
         self.values = [torch.cat([v.to(like) for v in vs], dim=1) for _, vs in layers]
 
+    def _place(self) -> Tensor:
+        """Turns of what is remembered; those of the chunk that comes next are kept in `angles`."""
+        places = torch.arange((1 + len(self.chunks)) * self.cfg.chunk_tokens, device=self.device)
+        angles = self.rope.angles(places, *self.cfg.grid)
+        past, self.angles = angles.split([len(angles) - self.cfg.tokens, self.cfg.tokens])
+        return past
+
     def reset(self) -> None:
-        self.chunks, self.keys, self.values = [], [], []
+        self.chunks: list[KV] = []
+        # per layer, all chunks joined and rotated: once a chunk, not once a pass
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._place()
 
 
 class RingCache:
@@ -160,22 +160,20 @@ class RingCache:
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
-        h, w = cfg.grid
         device = model.patch_embedding.weight.device
-        tokens, width = cfg.chunk_tokens * h * w, cfg.dim // cfg.heads
-        shape = (cfg.layers, batch, cfg.cached_chunks, tokens, cfg.heads, width)
+        shape = (cfg.layers, batch, cfg.cached_chunks, cfg.tokens, cfg.heads, cfg.dim // cfg.heads)
         self.rope, self.cfg = model.rope, cfg
         self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
         self.sink = torch.zeros(2, *shape[:2], *shape[3:], dtype=SINK_DTYPES[cfg.sink_dtype], device=device)
         self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
-        self.mask = torch.zeros(1, 1, 1, shape[2] * shape[3], dtype=torch.bool, device=device)
-
-    @property
-    def position(self) -> Tensor:
-        return self.count.clamp(max=self.cfg.cached_chunks) * self.cfg.chunk_tokens
+        # the current chunk's own tokens, at the end, are always seen
+        self.mask = torch.ones(1, 1, 1, (1 + shape[2]) * cfg.tokens, dtype=torch.bool, device=device)
+        own = self.rope.angles(torch.arange(cfg.chunk_tokens, device=device), *cfg.grid)
+        self.angles = torch.empty_like(own)
+        self.reset()
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated keys and values (b slots a d), and which slots are filled (1 1 1 slots)."""
+        """Rotated keys and values (b m a d), and which of them and of the chunk's own count (1 1 1 m+n)."""
         kv = (self.keys[layer], self.values[layer])
         return *(rearrange(z, "b m n a d -> b (m n) a d") for z in kv), self.mask
 
@@ -199,22 +197,24 @@ class RingCache:
         self._place(slots, ring)
 
     def _place(self, slots: int, ring: int) -> None:
-        """Rotate every slot's keys to where it now stands in the window."""
+        """Rotate every slot's keys to where it now stands in the window, and place the next chunk behind."""
         cfg = self.cfg
-        slot = torch.arange(slots, device=self.count.device)
+        slot = torch.arange(slots + 1, device=self.count.device)
         age = (slot - self.count) % ring + cfg.sink  # of the ring's slots, once it is full
         order = torch.where((slot < cfg.sink) | (self.count <= slots), slot, age)
+        order[-1] = self.count.clamp(max=slots)
         within = torch.arange(cfg.chunk_tokens, device=slot.device)
         frames = (order[:, None] * cfg.chunk_tokens + within).flatten()
-        angles = rearrange(self.rope.angles(frames, *cfg.grid), "two (m n) 1 d -> two m n 1 d", m=slots)
-        self.keys.copy_(rotate(self.raw, angles))
-        filled = (slot < self.count)[:, None].expand(-1, self.raw.shape[3])
-        self.mask.copy_(rearrange(filled, "m n -> 1 1 1 (m n)"))
+        angles = self.rope.angles(frames, *cfg.grid).unflatten(0, (slots + 1, -1))
+        self.keys.copy_(rotate(self.raw, angles[:-1]))
+        self.angles.copy_(angles[-1])
+        self.mask[..., : -cfg.tokens] = (slot[:-1] < self.count).repeat_interleave(cfg.tokens)
 
+    @torch.no_grad()
     def reset(self) -> None:
         self.count.zero_()
-        self.mask.zero_()
         self.sink.zero_()
+        self._place(self.cfg.cached_chunks, self.cfg.cached_chunks - self.cfg.sink)
 
 
 # -- the transformer ----------------------------------------
@@ -241,18 +241,21 @@ class SelfAttention(nn.Module):
         q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
         k, own = rotate(k, angles), (k, v)
         if past is not None:
-            past_k, past_v, filled = past
+            past_k, past_v, mask = past
             k, v = torch.cat([past_k.to(k.dtype), k], dim=1), torch.cat([past_v.to(v.dtype), v], dim=1)
-            mask = None if filled is None else F.pad(filled, (0, x.shape[1]), value=True)
         return self.o(_attend(rotate(q, angles), k, v, mask)), own
 
 
 class CrossAttention(SelfAttention):
-    def forward(self, x, context):
-        """x (b n a*d), context (b l a*d) → (b n a*d). No positions; padding is attended to, as in Wan."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
-        return self.o(_attend(q, k, v, None))
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(b l a*d) → keys and values (b l a d). No positions; padding is attended to, as in Wan."""
+        k, v = self.norm_k(self.k(context)), self.v(context)
+        return tuple(rearrange(z, "b l (a d) -> b l a d", a=self.heads) for z in (k, v))
+
+    def forward(self, x, words):
+        """x (b n a*d), keys and values of the text → (b n a*d)."""
+        q = rearrange(self.norm_q(self.q(x)), "b n (a d) -> b n a d", a=self.heads)
+        return self.o(_attend(q, *words, None))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -261,15 +264,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm, then a shift and a scale per frame: x (b n d), shift and scale (b f d)."""
-    x = rearrange(F.layer_norm(x, x.shape[-1:], eps=1e-6), "b (f n) d -> b f n d", f=shift.shape[1])
-    return rearrange(torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]), "b f n d -> b (f n) d")
+    """Layer norm, then a shift and a scale (one is added) per frame: x (b n d), shift and scale (b f 1 d)."""
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(1, (shift.shape[1], -1))  # (b f n d)
+    return torch.addcmul(shift, x, 1 + scale).flatten(1, 2)
 
 
 def _gate(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y with one gate per frame: x, y (b n d), gate (b f d)."""
-    y = rearrange(y, "b (f n) d -> b f n d", f=gate.shape[1]) * gate[:, :, None]
-    return x + rearrange(y, "b f n d -> b (f n) d")
+    """x + gate * y with one gate per frame: x, y (b n d), gate (b f 1 d)."""
+    x, y = (z.unflatten(1, (gate.shape[1], -1)) for z in (x, y))  # (b f n d)
+    return torch.addcmul(x, y, gate).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -280,12 +283,12 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)  # Wan's name; before the cross-attention
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
 
-    def forward(self, x, e, context, angles, past=None, mask=None):
+    def forward(self, x, e, words, angles, past=None, mask=None):
         """x (b n d), e (b f 6 d): the time's shifts, scales and gates → x, own keys and values."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(3).unbind(2)
         y, kv = self.self_attn(_modulate(x, shift1, scale1), angles, past, mask)
         x = _gate(x, y, gate1)
-        x = x + self.cross_attn(self.norm3(x), context)
+        x = x + self.cross_attn(self.norm3(x), words)
         return _gate(x, self.ffn(_modulate(x, shift2, scale2)), gate2), kv
 
 
@@ -296,7 +299,7 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out)
 
     def forward(self, x, e):
-        shift, scale = (self.modulation + e[:, :, None]).unbind(2)
+        shift, scale = (self.modulation + e[:, :, None]).unsqueeze(3).unbind(2)
         return self.head(_modulate(x, shift, scale))
 
 
@@ -329,31 +332,43 @@ class VideoDiT(nn.Module):
     def forward(self, xt, t, text, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
         """`cache`: remembered chunks come before this one. For a pass without one, `mask` (f f) and
         `positions` (f,) of latent frames; frames that share a token share their time, position and mask."""
+        return self.run(xt, t, self.read_time(t), self.read_text(text), cache, mask, positions)
+
+    def read_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t (b f) → what the head and the blocks see of it, (b f' d) and (b f' 6 d), f' tokens along time."""
+        with torch.autocast(t.device.type, enabled=False):  # bf16 cannot tell neighbouring times apart
+            waves = sinusoid(t[:, :: self.size[0]], self.time_freqs).to(self.head.modulation.dtype)
+            e = self.time_embedding(waves)
+            return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
+
+    def read_text(self, text: Tensor) -> KV:
+        """(b l e) → per block the keys and values (b l a d) that its cross-attention looks at."""
+        context = self.text_embedding(text)  # (b l d)
+        return [block.cross_attn.read(context) for block in self.blocks]
+
+    def run(self, xt, t, time, words, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
+        """`forward` on times and texts already read, which a stream does once and not once a pass. A time
+        that all samples and frames share may be (1 1)."""
         if cache is not None and mask is not None:
             raise ValueError("a mask is for a pass without a cache: what is remembered is always seen")
         r, p, q = self.size
         f, h, w = xt.shape[1] // r, xt.shape[3] // p, xt.shape[4] // q  # the token grid
         x = rearrange(xt, "b (f r) c (h p) (w q) -> b (f h w) (c r p q)", r=r, p=p, q=q)
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # (b n d)
-        with torch.autocast(xt.device.type, enabled=False):  # bf16 cannot tell neighbouring times apart
-            waves = sinusoid(t[:, ::r], self.time_freqs).to(self.head.modulation.dtype)
-            e = self.time_embedding(waves)  # (b f d)
-            e6 = rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
-        context = self.text_embedding(text)  # (b l d)
-        if positions is None:
-            positions = torch.arange(f, device=xt.device) + (cache.position if cache else 0)
+        if cache is None:
+            positions = torch.arange(f * r) if positions is None else positions
+            angles = self.rope.angles(positions[::r].to(xt.device) // r, h, w)
         else:
-            positions = positions[::r].to(xt.device) // r
-        angles = self.rope.angles(positions, h, w)
+            angles = cache.angles
         if mask is not None:
             mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
         kv = []
         for i, block in enumerate(self.blocks):
-            args = (x, e6, context, angles, cache.read(i) if cache else None, mask)
+            args = (x, time[1], words[i], angles, cache.read(i) if cache else None, mask)
             recompute = self.checkpointing and torch.is_grad_enabled()
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             kv.append(own)
-        out = self.head(x, e).float()
+        out = self.head(x, time[0]).float()
         out = rearrange(out, "b (f h w) (r p q c) -> b (f r) c (h p) (w q)", f=f, h=h, r=r, p=p, q=q)
         if self.predict == "x":
             out = (xt - out) / rearrange(t.clamp(min=T_MIN), "b f -> b f 1 1 1")

@@ -16,7 +16,7 @@ from torch import Tensor
 from config import Config
 from data import randn, rng_for
 from dmd import guided_x0
-from model import KV, ListCache, RingCache, VideoDiT, add_noise, shift_time, to_x0
+from model import KV, ListCache, RingCache, VideoDiT, shift_time
 
 # before the shift; Diagonal Distillation: early chunks get more steps, all chunks the same last level
 _TAPER = {5: (1.0, 0.75, 0.5, 0.25, 0.1), 4: (1.0, 0.75, 0.5, 0.1), 3: (1.0, 0.75, 0.1), 2: (1.0, 0.1)}
@@ -48,7 +48,25 @@ def rollout_chunks(cfg: Config, *key: int | str) -> int:
     return int(torch.randint(cfg.chunks, cfg.chunks * cfg.horizon + 1, (), generator=rng))
 
 
-def denoise_chunk(student, noise, text, cache, grid, exit=None, grad=False) -> tuple[Tensor, KV]:
+class Given:
+    """A student with its prompt: what it makes of the text and of a noise level, once a stream, not once a
+    pass. `given(xt, level, cache)` → velocity, keys and values of the chunk x_t (b f c h w)."""
+
+    def __init__(self, student: VideoDiT, text: Tensor):
+        self.student, self.text = student, text
+        self.read: dict[tuple, tuple] = {}
+
+    def __call__(self, xt: Tensor, level: float, cache) -> tuple[Tensor, KV]:
+        grad = torch.is_grad_enabled()
+        if grad not in self.read:
+            self.read[grad] = self.student.read_text(self.text)
+        if (grad, level) not in self.read:
+            t = torch.full((1, 1), level, device=xt.device)
+            self.read[grad, level] = t, self.student.read_time(t)
+        return self.student.run(xt, *self.read[grad, level], self.read[grad], cache)
+
+
+def denoise_chunk(given: Given, noise, cache, grid, exit=None, grad=False) -> tuple[Tensor, KV]:
     """Noise of every step, (b f c h w) each → the chunk as predicted at step `exit` (None: the last), its KV.
 
     A function of tensors alone, without a random draw or a question to the device.
@@ -56,29 +74,27 @@ def denoise_chunk(student, noise, text, cache, grid, exit=None, grad=False) -> t
     last = len(grid) - 1 if exit is None else min(exit, len(grid) - 1)
     x = noise[0]
     for i, level in enumerate(grid[: last + 1]):
-        t = torch.full(x.shape[:2], level, device=x.device)
         with torch.set_grad_enabled(grad and i == last):
-            v, kv = student(x, t, text, cache)
-            x0 = to_x0(v, x, t)
+            v, kv = given(x, level, cache)
+            x0 = x - level * v
         if i < last:
-            x = add_noise(x0, noise[i + 1], torch.full_like(t, grid[i + 1]))
+            x = (1 - grid[i + 1]) * x0 + grid[i + 1] * noise[i + 1]
     return x0, kv
 
 
 @torch.no_grad()
-def context_kv(student, x0, noise, text, cache, level: float) -> KV:
+def context_kv(given: Given, x0, noise, cache, level: float) -> KV:
     """Keys and values of a finished chunk, noised to `level` (0 = clean): the refresh pass."""
-    t = torch.full(x0.shape[:2], level, device=x0.device)
-    return student(add_noise(x0, noise, t) if level else x0, t, text, cache)[1]
+    return given((1 - level) * x0 + level * noise if level else x0, level, cache)[1]
 
 
-def _what_is_remembered(student, x0, kv, noise, text, cache, cfg, grid, exit) -> KV:
+def _what_is_remembered(given, x0, kv, noise, cache, cfg, grid, exit) -> KV:
     """Clean, noisy, or ("none") the last step's own keys; after an early exit noised to that level."""
     finished = exit is None or exit >= len(grid) - 1
     if cfg.context == "none" and finished:
         return kv
     level = {"clean": 0.0, "noisy": cfg.context_t, "none": grid[-1]}[cfg.context]
-    fresh = context_kv(student, x0.detach(), noise, text, cache, level)
+    fresh = context_kv(given, x0.detach(), noise, cache, level)
     if not cfg.kv_grad:
         return fresh
     pairs = zip(fresh, kv, strict=True)  # as released: the refresh's values, the exit step's gradient
@@ -110,35 +126,35 @@ def stream(
     simplified: at a switch an EMA sink starts anew from the first chunk, without what was folded into it.
     """
     texts = text if isinstance(text, dict) else {0: text}
-    text = texts[0]
+    given, device = Given(student, texts[0]), texts[0].device
     seeds = [int(torch.randint(2**62, (), generator=g)) for g in rngs]
     cache = ListCache(student, cfg) if cache is None else cache
     first = list(past[: cfg.sink])
     recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
-    _rebuild(student, [*first, *recent], text, cache, [rng_for(s, "rebuild") for s in seeds], cfg)
+    _rebuild(given, [*first, *recent], cache, [rng_for(s, "rebuild") for s in seeds], cfg)
     for index in count() if chunks is None else range(chunks):
         if index and index in texts:
-            text = texts[index]
+            given = Given(student, texts[index])
             again = [rng_for(s, "rebuild", index) for s in seeds]
-            _rebuild(student, [*first, *recent], text, cache, again, cfg)
+            _rebuild(given, [*first, *recent], cache, again, cfg)
         grid, shape = step_grid(cfg, index), (cfg.chunk, *cfg.latent_shape)
         grad = grad_from is not None and index >= grad_from
         own = [rng_for(s, len(past) + index) for s in seeds]
-        context, *noise = _chunk_noise(own, 1 + len(grid), shape, text.device)
-        x0, kv = denoise_chunk(student, noise, text, cache, grid, exit, grad)
+        context, *noise = _chunk_noise(own, 1 + len(grid), shape, device)
+        x0, kv = denoise_chunk(given, noise, cache, grid, exit, grad)
         yield x0
         if index + 1 != chunks:  # nobody looks back at the last chunk
-            cache.commit(_what_is_remembered(student, x0, kv, context, text, cache, cfg, grid, exit))
+            cache.commit(_what_is_remembered(given, x0, kv, context, cache, cfg, grid, exit))
             (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 
-def _rebuild(student, kept, text, cache, rngs, cfg: Config) -> None:
+def _rebuild(given, kept, cache, rngs, cfg: Config) -> None:
     """Fill the cache anew from clean chunks: the stream's first `sink` ones and the most recent ones."""
     cache.reset()
     level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 1)[-1]}[cfg.context]
     for x0 in kept:
         (noise,) = _chunk_noise(rngs, 1, x0.shape[1:], x0.device)
-        cache.commit(context_kv(student, x0, noise, text, cache, level))
+        cache.commit(context_kv(given, x0, noise, cache, level))
 
 
 def _chunk_noise(rngs, count: int, shape, device) -> list[Tensor]:

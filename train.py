@@ -43,7 +43,7 @@ from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from measure import ACCURACIES, measure
 from model import VideoDiT
 from plot import contact_sheet
-from reward import AXES, Balancer, RewardModel, effective_share, rollout_weight
+from reward import AXES, Balancer, RewardModel, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
@@ -203,11 +203,22 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
             t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
             finite = x.isfinite().flatten(1).all(1)
             losses = critic_loss(run.critic, x[finite], text[finite], t[finite], noise[finite])
-        loss = losses.sum() / len(x)
+        loss = (critic_weight(run, x, text)[finite] * losses).sum() / len(x)
         (loss / cfg.accumulate).backward()
         total, dropped = total + loss.detach() / cfg.accumulate, dropped + (~finite).sum() * run.world
     stats = processes.mean({"critic": total, "dropped": dropped}, cfg.device)
     return stats | {"grad_norm": update(run.critic, run.critic_opt, cfg)}
+
+
+@torch.no_grad()
+def critic_weight(run: Run, x: Tensor, text: Tensor) -> Tensor:
+    """Rollouts x (b f c h w) → (b,): all ones, unless the critic is tilted towards what is badly rewarded."""
+    if not run.cfg.tilt:
+        return torch.ones(len(x), device=x.device)
+    with processes.autocast(run.cfg):
+        video01 = run.codec.decode(x.nan_to_num()).float()
+    scores = processes.gather(run.reward(video01, text)[:, [AXES.index(a) for a in run.cfg.axes]].mean(1))
+    return tilt_weight(scores, run.cfg.tilt)[run.rank * len(x) : (run.rank + 1) * len(x)]
 
 
 def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
@@ -298,7 +309,7 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
     out, nets = writable_folder(flags.out), Path(flags.nets or f"assets/{cfg.preset}")
     state = load_state(out, cfg, FREE) if flags.resume else refuse_to_overwrite(out)
-    weighted = cfg.beta or cfg.space or cfg.time
+    weighted = cfg.beta or cfg.space or cfg.time or cfg.tilt
     codec = load_weights(nets / "codec.safetensors", Codec(cfg), cfg, "codec").requires_grad_(False)
     teacher = load_weights(nets / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").requires_grad_(False)
     reward = RewardModel(cfg) if weighted else None

@@ -92,6 +92,15 @@ def test_an_interrupted_run_goes_on(where, tmp_path, monkeypatch):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_a_run_is_left_to_whoever_took_it(where, tmp_path, monkeypatch, capsys):
+    """Catches two processes that write into the same folder."""
+    compare.writable_folder(f"{tmp_path}/runs/diagonal-0")
+    with open(tmp_path / "runs" / "diagonal-0" / ".taken", "w") as file:
+        assert compare.taken(file)
+        call(monkeypatch, *where, "--steps=1")
+    assert {p.stem for p in (tmp_path / "results").glob("*.json")} == {"self_forcing-0", "windowed-0"}
+
+
 def test_a_failed_run_is_counted_and_the_others_go_on(where, tmp_path, monkeypatch, capsys):
     done = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: done)

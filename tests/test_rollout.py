@@ -18,11 +18,12 @@ class Spy:
     off."""
 
     def __init__(self, model):
-        self.model, self.rope, self.seen = model, model.rope, []
+        self.model, self.rope, self.patch_embedding = model, model.rope, model.patch_embedding
+        self.read_time, self.read_text, self.seen = model.read_time, model.read_text, []
 
-    def __call__(self, xt, t, text, cache):
+    def run(self, xt, t, time, words, cache):
         self.seen.append((xt.detach(), t, list(cache.chunks), torch.is_grad_enabled()))
-        return self.model(xt, t, text, cache)
+        return self.model.run(xt, t, time, words, cache)
 
     def levels(self) -> list[float]:
         return [round(float(t[0, 0]), 6) for _, t, _, _ in self.seen]
@@ -245,6 +246,19 @@ def test_no_gradient_leaks_through_the_cache(tiny, model, context, exit):
     for a, b in zip(clean, own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert max(float((a - b).abs().max()) for a, b in zip(clean, leaked, strict=True)) > 1e-2
+
+
+def test_bf16_reaches_the_weights(tiny, model):
+    """Catches weights that autocast has cached without gradient in the passes before the exit, and gradients
+    that bf16 turns around."""
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            x = rollout(model, words(tiny, 2), tiny, rngs(2), exit=2, grad=True)
+        parameters = dict(model.named_parameters())
+        grads.append(torch.autograd.grad(x.float().square().mean(), list(parameters.values())))
+    for name, exact, rough in zip(parameters, *grads, strict=True):
+        assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.95, name
 
 
 # -- what is remembered ----------------------------------------------------------------------------
