@@ -343,7 +343,7 @@ class VideoDiT(nn.Module):
 
     def read_text(self, text: Tensor) -> KV:
         """(b l e) → per block the keys and values (b l a d) that its cross-attention looks at."""
-        context = self.text_embedding(text)  # (b l d)
+        context = self.text_embedding(text.to(self.patch_embedding.weight.dtype))  # (b l d)
         return [block.cross_attn.read(context) for block in self.blocks]
 
     def run(self, xt, t, time, words, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
@@ -354,7 +354,8 @@ class VideoDiT(nn.Module):
         r, p, q = self.size
         f, h, w = xt.shape[1] // r, xt.shape[3] // p, xt.shape[4] // q  # the token grid
         x = rearrange(xt, "b (f r) c (h p) (w q) -> b (f h w) (c r p q)", r=r, p=p, q=q)
-        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # (b n d)
+        weight = self.patch_embedding.weight.flatten(1)
+        x = F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias)  # (b n d)
         if cache is None:
             positions = torch.arange(f * r) if positions is None else positions
             angles = self.rope.angles(positions[::r].to(xt.device) // r, h, w)

@@ -7,7 +7,8 @@ an argument: the number of steps per chunk, and what later chunks get to see of 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 
 import torch
@@ -65,8 +66,14 @@ class Given:
             self.read[grad, level] = t, self.student.read_time(t)
         return self.student.run(xt, *self.read[grad, level], self.read[grad], cache)
 
+    @torch.no_grad()
+    def switch(self, text: Tensor) -> None:
+        """Another prompt, in the place of the old one: captured graphs read it there."""
+        for old, new in zip(self.read[False], self.student.read_text(text), strict=True):
+            old[0].copy_(new[0]), old[1].copy_(new[1])
 
-def denoise_chunk(given: Given, noise, cache, grid, exit=None, grad=False) -> tuple[Tensor, KV]:
+
+def denoise_chunk(given: Given, cache, grid, exit, grad, *noise: Tensor) -> tuple[Tensor, KV]:
     """Noise of every step, (b f c h w) each → the chunk as predicted at step `exit` (None: the last), its KV.
 
     A function of tensors alone, without a random draw or a question to the device.
@@ -88,17 +95,22 @@ def context_kv(given: Given, x0, noise, cache, level: float) -> KV:
     return given((1 - level) * x0 + level * noise if level else x0, level, cache)[1]
 
 
-def _what_is_remembered(given, x0, kv, noise, cache, cfg, grid, exit) -> KV:
+def remember_chunk(given: Given, cache, cfg, grid, exit, kv: KV, x0: Tensor, noise: Tensor) -> None:
     """Clean, noisy, or ("none") the last step's own keys; after an early exit noised to that level."""
     finished = exit is None or exit >= len(grid) - 1
     if cfg.context == "none" and finished:
-        return kv
+        return cache.commit(kv)
     level = {"clean": 0.0, "noisy": cfg.context_t, "none": grid[-1]}[cfg.context]
     fresh = context_kv(given, x0.detach(), noise, cache, level)
-    if not cfg.kv_grad:
-        return fresh
-    pairs = zip(fresh, kv, strict=True)  # as released: the refresh's values, the exit step's gradient
-    return [(k + (k2 - k2.detach()), v + (v2 - v2.detach())) for (k, v), (k2, v2) in pairs]
+    if cfg.kv_grad:  # as released: the refresh's values, the exit step's gradient
+        pairs = zip(fresh, kv, strict=True)
+        fresh = [(k + (k2 - k2.detach()), v + (v2 - v2.detach())) for (k, v), (k2, v2) in pairs]
+    cache.commit(fresh)
+
+
+def directly(key: tuple, function: Callable, *inputs: Tensor):
+    """How `stream` does its work; graphs.CudaGraphs is the other way."""
+    return function(*inputs)
 
 
 def stream(
@@ -111,13 +123,14 @@ def stream(
     grad_from: int | None = None,
     cache: ListCache | RingCache | None = None,
     past: tuple[Tensor, ...] = (),
+    call: Callable = directly,
 ) -> Iterator[Tensor]:
     """Yield one clean chunk (b chunk c h w) after another; for ever when `chunks` is None.
 
     text: (b l e), or {chunk index: (b l e)} for prompts that change on the way; the cache is then rebuilt
     with the new prompt (LongLive's recache) from the first `sink` chunks and the recent ones. rngs: one
     generator per sample. exit, grad_from: training only, see `rollout`. past: given clean chunks to go on
-    from. Memory does not grow: only the window is kept.
+    from. call: as it is, or a graphs.CudaGraphs. Memory does not grow: only the window is kept.
 
     Each sample's generator is asked once, for a seed; every chunk draws from generators of its own. So a
     chunk's noise depends neither on the exit nor on how many steps the chunks before it took, methods can be
@@ -134,17 +147,20 @@ def stream(
     _rebuild(given, [*first, *recent], cache, [rng_for(s, "rebuild") for s in seeds], cfg)
     for index in count() if chunks is None else range(chunks):
         if index and index in texts:
-            given = Given(student, texts[index])
+            given.switch(texts[index])
             again = [rng_for(s, "rebuild", index) for s in seeds]
             _rebuild(given, [*first, *recent], cache, again, cfg)
         grid, shape = step_grid(cfg, index), (cfg.chunk, *cfg.latent_shape)
         grad = grad_from is not None and index >= grad_from
         own = [rng_for(s, len(past) + index) for s in seeds]
         context, *noise = _chunk_noise(own, 1 + len(grid), shape, device)
-        x0, kv = denoise_chunk(given, noise, cache, grid, exit, grad)
+        denoise = partial(denoise_chunk, given, cache, grid, exit, grad)
+        x0, kv = call(("denoise", grid), denoise, *noise)
+        x0 = x0.clone()  # the next replay of a graph writes where this one wrote
         yield x0
         if index + 1 != chunks:  # nobody looks back at the last chunk
-            cache.commit(_what_is_remembered(given, x0, kv, context, cache, cfg, grid, exit))
+            remember = partial(remember_chunk, given, cache, cfg, grid, exit, kv)
+            call(("remember", grid), remember, x0, context)
             (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 

@@ -25,10 +25,11 @@ from checkpoint import load_weights, read_header, writable_folder, write_atomica
 from codec import Codec
 from config import PRESETS, BadInput, Config, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
+from graphs import CudaGraphs
 from model import RingCache, VideoDiT
 from plot import contact_sheet, to_uint8
 from processes import pick_device
-from rollout import stream
+from rollout import directly, stream
 
 FORMATS = (".mp4", ".gif", ".webp")
 
@@ -43,6 +44,7 @@ class Flags:
     student: str = ""  # default assets/<preset>/stream_r1.safetensors
     codec: str = ""  # default: beside the student
     init: str = ""  # a clip or a picture to go on from
+    graph: bool = True  # CUDA graphs; without a GPU there are none
 
 
 def main() -> None:
@@ -53,7 +55,8 @@ def main() -> None:
     student_path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
     header = read_header(student_path)
     cfg = student_config(header, preset, typed, flags.steps)
-    student = load_weights(student_path, VideoDiT(cfg), cfg, header["kind"]).to(cfg.device)
+    student = load_weights(student_path, VideoDiT(cfg), cfg, header["kind"])
+    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
     codec_path = Path(flags.codec or student_path.with_name("codec.safetensors"))
     codec = load_weights(codec_path, Codec(cfg), cfg, "codec").to(cfg.device)
     given = start_from(flags.init, codec, cfg)
@@ -75,7 +78,7 @@ def main() -> None:
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=2 * zoom(cfg) // 4 or 1)
-    report(seconds, cfg, out)
+    report(seconds, cfg, out, "CUDA graphs" if flags.graph and cfg.device != "cpu" else "eager")
 
 
 def decoded(
@@ -87,9 +90,11 @@ def decoded(
         yield decode(given)[0].float()
     chunks = -(-(flags.frames - (0 if given is None else given.shape[1])) // cfg.chunk)
     rngs = [rng_for(flags.seed, "sample", 0)]
-    with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+    cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
+    call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
+    with torch.inference_mode():
         start = time.perf_counter()
-        parts = stream(student, texts, cfg, rngs, chunks, cache=RingCache(student, cfg, batch=1), past=past)
+        parts = stream(student, texts, cfg, rngs, chunks, cache=cache, past=past, call=call)
         for x in tqdm(parts, total=chunks, unit="chunk"):
             video01 = decode(x)[0].float().cpu()
             seconds.append(time.perf_counter() - start)
@@ -168,14 +173,15 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
         head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **lossless)
 
 
-def report(seconds: list[float], cfg: Config, out: Path) -> None:
+def report(seconds: list[float], cfg: Config, out: Path, how: str) -> None:
     if not seconds:
         print(f"{out}: only the given frames were asked for")
         return
     steady = torch.tensor(seconds[1:] or seconds).double() * 1000
     p50, p99 = steady.quantile(0.5), steady.quantile(0.99)
     frames = cfg.chunk * cfg.time_stride
-    print(f"first frame after {seconds[0] * 1000:.0f} ms; {frames * 1000 / p50:.0f} frames/s ({cfg.device})")
+    speed = f"{frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})"
+    print(f"first frame after {seconds[0] * 1000:.0f} ms; {speed}")
     print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
     print(f"{out} and {out.with_suffix('.png')}")
 

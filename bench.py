@@ -1,0 +1,190 @@
+"""How fast does it stream, and what does a training step cost? One table, and what it includes.
+
+    python bench.py                      # tiny: eager, on a GPU CUDA graphs as well; --compile adds a mode
+    python bench.py wan-1.3b --bf16      # the real shapes on random weights: speed does not depend on them
+    python bench.py tiny --long=10000    # is chunk 10,000 as fast as chunk 10?
+    python bench.py tiny --training      # a Stream-R1 step against a plain one, alternating
+
+One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
+remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
+after the window has filled; every mode runs in the same process, one after the other.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from codec import Codec
+from config import BadInput, Config, cli, from_cli
+from data import rng_for
+from graphs import CudaGraphs
+from model import RingCache, VideoDiT
+from processes import pick_device
+from rollout import directly, step_grid, stream
+
+
+@dataclass(frozen=True)
+class Flags:
+    chunks: int = 100  # timed per mode
+    fps: int = 16  # of the deadline that chunks may miss
+    compile: bool = False
+    long: int = 0  # also compare the last of this many chunks with the tenth
+    training: bool = False
+    rounds: int = 4  # of --training: 5 steps of each method a round
+    json: bool = False  # one line for machines, not a table
+
+
+def synchronise(cfg: Config) -> None:
+    if cfg.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_memory(cfg: Config) -> float:
+    """MiB: of the device on a GPU, of the process on a CPU."""
+    if cfg.device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def matmul_peak(cfg: Config) -> float:
+    """TFLOP/s of a large matrix product in the type the network runs in: the best of five."""
+    size = 1024 if cfg.device == "cpu" else 8192
+    a = torch.randn(size, size, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
+    best = float("inf")
+    for _ in range(5):
+        synchronise(cfg)
+        start = time.perf_counter()
+        a @ a
+        synchronise(cfg)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def seconds_of(parts, cfg: Config, count: int, then=lambda x: x) -> list[float]:
+    """Wall seconds of each of the next `count` chunks, from asking for one to having it."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        then(next(parts))
+        synchronise(cfg)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
+    """A stream whose window is full, and the seconds to its first chunk."""
+    dtype = student.patch_embedding.weight.dtype
+    text = torch.randn(1, cfg.text_length, cfg.text_width, device=cfg.device)
+    cache = RingCache(student, cfg, batch=1, dtype=dtype)
+    parts = stream(student, text, cfg, [rng_for(0)], cache=cache, call=how)
+    first = seconds_of(parts, cfg, 1)[0]
+    for _ in islice(parts, cfg.cached_chunks + 4):
+        pass
+    synchronise(cfg)
+    return parts, first
+
+
+def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: float, peak: float) -> dict:
+    """One row of the table."""
+    how = CudaGraphs() if name == "graph" else directly
+    if name == "compiled":
+        student.run = torch.compile(student.run)
+    start = time.perf_counter()
+    parts, first = start_stream(student, cfg, how)
+    warm = time.perf_counter() - start
+    diffusion = torch.tensor(seconds_of(parts, cfg, flags.chunks), dtype=torch.float64)
+    frames = cfg.chunk * cfg.time_stride
+    row = {"mode": name, "first chunk ms": 1e3 * first, "warm-up s": warm}
+    row |= spread("diffusion", diffusion, frames)
+    if codec is not None:
+        decoded = seconds_of(parts, cfg, flags.chunks, codec.decode)
+        row |= spread("decoded", torch.tensor(decoded, dtype=torch.float64), frames)
+    row["missed %"] = 100 * float((diffusion > frames / flags.fps).double().mean())
+    row["TFLOP/s"] = flops / float(diffusion.median()) / 1e12
+    row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
+    if flags.long:
+        last = seconds_of(parts, cfg, flags.long)[-flags.chunks :]
+        row["late : early"] = float(torch.tensor(last).double().median() / diffusion.median())
+    return row | {"peak MiB": peak_memory(cfg)}
+
+
+def count_flops(student, cfg: Config) -> float:
+    """Of one chunk in a full window, what it remembers included."""
+    parts, _ = start_stream(student, cfg, directly)
+    with FlopCounterMode(display=False) as counter:
+        next(parts)
+    return counter.get_total_flops()
+
+
+def spread(name: str, seconds: Tensor, frames: int) -> dict[str, float]:
+    p50, p99 = (1e3 * float(seconds.quantile(q)) for q in (0.5, 0.99))
+    return {f"{name} frames/s": 1e3 * frames / p50, f"{name} ms p50": p50, f"{name} ms p99": p99}
+
+
+def sampling(cfg: Config, flags: Flags) -> list[dict]:
+    """Every mode this machine has → rows."""
+    torch.manual_seed(cfg.seed)
+    with torch.device(cfg.device):
+        student = VideoDiT(cfg).eval()
+        codec = Codec(cfg).eval() if cfg.stride == 8 and cfg.time_stride == 1 else None
+    if cfg.bf16:
+        student.bfloat16()
+    modes = ["eager"] + ["graph"] * (cfg.device != "cpu") + ["compiled"] * flags.compile
+    with torch.inference_mode():
+        flops, peak = count_flops(student, cfg), matmul_peak(cfg)
+        return [measure_mode(mode, student, codec, cfg, flags, flops, peak) for mode in modes]
+
+
+def training(flags: Flags, preset: str) -> list[dict]:
+    """Medians of metrics.jsonl's `seconds` over alternating short runs of train.py, and their peak memory."""
+    seconds: dict[str, list[float]] = {"self_forcing": [], "windowed": [], "stream_r1": []}
+    plain = "--method=stream_r1 --beta=0 --no-space --no-time --balance=none".split()
+    peaks = {}
+    for _ in range(flags.rounds):
+        for method, taken in seconds.items():
+            with tempfile.TemporaryDirectory() as folder:
+                argv = plain if method == "windowed" else [f"--method={method}"]
+                argv += ["--steps=6", "--critic_warmup=0", "--eval_clips=1", f"--out={folder}"]
+                subprocess.run([sys.executable, "train.py", preset, *argv], check=True, capture_output=True)
+                lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
+                taken += [json.loads(line)["seconds"] for line in lines]
+            peaks[method] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    medians = {method: sorted(taken)[len(taken) // 2] for method, taken in seconds.items()}
+    return [
+        {"mode": f"a step of {m}", "seconds": s, "to windowed": s / medians["windowed"],
+         "peak MiB": peaks[m], "steps": len(seconds[m])} for m, s in medians.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    if min(flags.chunks, flags.rounds, flags.fps) < 1 or flags.long < 0:
+        raise BadInput("chunks, rounds and fps are numbers from 1, long from 0")
+    cfg = replace(cfg, device=pick_device(cfg))
+    rows = training(flags, cfg.preset) if flags.training else sampling(cfg, flags)
+    passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")
+    where = torch.cuda.get_device_name() if cfg.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    facts = {
+        "preset": cfg.preset, "device": where, "torch": torch.__version__, "bf16": cfg.bf16,
+        "seed": cfg.seed, "frames per chunk": cfg.chunk * cfg.time_stride, "passes per chunk": passes,
+    }  # fmt: skip
+    if flags.json:
+        print(json.dumps(facts | {"rows": rows}))
+        return
+    print(*(f"{k}: {v}" for k, v in facts.items()), sep=" · ")
+    for row in rows:
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), sep=" | ")
+
+
+if __name__ == "__main__":
+    cli(main)
