@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
-from config import BadInput, Config, cli, from_cli
+from compare import PARTLESS, as_flag
+from config import BadInput, Config, build, cli, read_cli
 from data import rng_for
 from graphs import CudaGraphs
 from model import RingCache, VideoDiT
@@ -41,6 +42,7 @@ class Flags:
     long: int = 0  # also compare the last of this many chunks with the tenth
     training: bool = False
     rounds: int = 4  # of --training: 5 steps of each method a round
+    nets: str = ""  # of --training; default assets/<preset>
     json: bool = False  # one line for machines, not a table
 
 
@@ -110,11 +112,11 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
         decoded = seconds_of(parts, cfg, flags.chunks, codec.decode)
         row |= spread("decoded", torch.tensor(decoded, dtype=torch.float64), frames)
     row["missed %"] = 100 * float((diffusion > frames / flags.fps).double().mean())
-    row["TFLOP/s"] = flops / float(diffusion.median()) / 1e12
+    row["TFLOP/s"] = flops / float(diffusion.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
     if flags.long:
         last = seconds_of(parts, cfg, flags.long)[-flags.chunks :]
-        row["late : early"] = float(torch.tensor(last).double().median() / diffusion.median())
+        row["late : early"] = float(torch.tensor(last).double().quantile(0.5) / diffusion.quantile(0.5))
     return row | {"peak MiB": peak_memory(cfg)}
 
 
@@ -145,33 +147,36 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
         return [measure_mode(mode, student, codec, cfg, flags, flops, peak) for mode in modes]
 
 
-def training(flags: Flags, preset: str) -> list[dict]:
-    """Medians of metrics.jsonl's `seconds` over alternating short runs of train.py, and their peak memory."""
-    seconds: dict[str, list[float]] = {"self_forcing": [], "windowed": [], "stream_r1": []}
-    plain = "--method=stream_r1 --beta=0 --no-space --no-time --balance=none".split()
-    peaks = {}
-    for _ in range(flags.rounds):
-        for method, taken in seconds.items():
-            with tempfile.TemporaryDirectory() as folder:
-                argv = plain if method == "windowed" else [f"--method={method}"]
-                argv += ["--steps=6", "--critic_warmup=0", "--eval_clips=1", f"--out={folder}"]
-                subprocess.run([sys.executable, "train.py", preset, *argv], check=True, capture_output=True)
-                lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
-                taken += [json.loads(line)["seconds"] for line in lines]
-            peaks[method] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    medians = {method: sorted(taken)[len(taken) // 2] for method, taken in seconds.items()}
+def training(preset: str, typed: dict, flags: Flags) -> list[dict]:
+    """Medians of metrics.jsonl's `seconds` over alternating short runs of train.py, first steps left out."""
+    methods = {"plain, the same cache": PARTLESS, "stream_r1": {"method": "stream_r1"}}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    script, nets = Path(__file__).with_name("train.py"), [f"--nets={flags.nets}"] * bool(flags.nets)
+    for _, (name, fields) in product(range(flags.rounds), methods.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            fields = fields | {"steps": 6, "critic_warmup": 0, "eval_clips": 1} | typed
+            argv = [as_flag(k, v) for k, v in fields.items()]
+            run = [sys.executable, str(script), preset, *argv, *nets, f"--out={folder}"]
+            done = subprocess.run(run, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise BadInput(f"train.py ended with {done.returncode}: {done.stderr.splitlines()[-1]}")
+            lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
+            seconds[name] += [json.loads(line)["seconds"] for line in lines]
+    medians = {name: sorted(taken)[len(taken) // 2] for name, taken in seconds.items()}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest run
     return [
-        {"mode": f"a step of {m}", "seconds": s, "to windowed": s / medians["windowed"],
-         "peak MiB": peaks[m], "steps": len(seconds[m])} for m, s in medians.items()
+        {"mode": f"a step of {name}", "seconds": s, "ratio": s / next(iter(medians.values())),
+         "steps": len(seconds[name]), "peak MiB": peak} for name, s in medians.items()
     ]  # fmt: skip
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    cfg = build(preset, typed)
     if min(flags.chunks, flags.rounds, flags.fps) < 1 or flags.long < 0:
         raise BadInput("chunks, rounds and fps are numbers from 1, long from 0")
     cfg = replace(cfg, device=pick_device(cfg))
-    rows = training(flags, cfg.preset) if flags.training else sampling(cfg, flags)
+    rows = training(preset, typed, flags) if flags.training else sampling(cfg, flags)
     passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")
     where = torch.cuda.get_device_name() if cfg.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     facts = {

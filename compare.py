@@ -34,9 +34,9 @@ from rollout import step_grid, stream
 
 BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view; with window and EMA sink
 _RF, _SR1, _DIAGONAL = ({"method": name} for name in ("reward_forcing", "stream_r1", "diagonal"))
-_PART = _SR1 | {"beta": 0.0, "space": False, "time": False, "balance": "none"}
+PARTLESS = _SR1 | {"beta": 0.0, "space": False, "time": False, "balance": "none"}
 ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
-    WINDOWED: _PART,
+    WINDOWED: PARTLESS,
     # Reward Forcing's parts: the sink, its decay, its precision
     "reward_forcing-no_sink": _RF | {"sink": 0, "sink_mode": "none"},
     "reward_forcing-static_sink": _RF | {"sink_mode": "static"},
@@ -44,11 +44,11 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "reward_forcing-ema.999": _RF | {"sink_decay": 0.999},
     "reward_forcing-ema.999_bf16": _RF | {"sink_decay": 0.999, "sink_dtype": "bf16"},
     # Stream-R1's parts; penalty and axis weights with a history short enough to act in a short run
-    "stream_r1-inter": _PART | {"beta": 0.5},
-    "stream_r1-space": _PART | {"space": True},
-    "stream_r1-space_scrambled": _PART | {"space": True, "released_patch_order": True},
-    "stream_r1-time": _PART | {"time": True},
-    "stream_r1-time_space": _PART | {"time": True, "space": True},
+    "stream_r1-inter": PARTLESS | {"beta": 0.5},
+    "stream_r1-space": PARTLESS | {"space": True},
+    "stream_r1-space_scrambled": PARTLESS | {"space": True, "released_patch_order": True},
+    "stream_r1-time": PARTLESS | {"time": True},
+    "stream_r1-time_space": PARTLESS | {"time": True, "space": True},
     "stream_r1-unbalanced": _SR1 | {"balance": "none"},
     "stream_r1-penalty10": _SR1 | {"balance_window": 10},
     "stream_r1-axis_weights10": _SR1 | {"balance": "axis_weights", "balance_window": 10},
@@ -83,7 +83,7 @@ class Protocol:
 
 def reference(row: str) -> str:
     """What a row is compared with: the same cache without the row's own idea."""
-    return WINDOWED if row.startswith(("reward_forcing", "stream_r1", "diagonal", "first")) else BASE
+    return WINDOWED if build("tiny", ROWS[row]).window else BASE
 
 
 def rows_named(names: str, typed: dict) -> list[str]:

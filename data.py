@@ -63,7 +63,10 @@ def rng_for(*key: int | str) -> torch.Generator:
 
 def randn(rngs: list[torch.Generator], *shape: int, device=None) -> Tensor:
     """Standard normal noise (b *shape), sample i from generator i, whatever batch it is in."""
-    return torch.stack([torch.randn(shape, generator=g) for g in rngs]).to(device)
+    x = torch.stack([torch.randn(shape, generator=g) for g in rngs])
+    if torch.device(device or "cpu").type == "cuda":
+        x = x.pin_memory()  # so that nobody waits for the copy
+    return x.to(device, non_blocking=True)
 
 
 # -- language ----------------------------------------

@@ -1,0 +1,65 @@
+"""The protocol of bench.py, on a tiny network: what it prints is there and is about the right thing."""
+
+import json
+import sys
+
+import pytest
+import torch
+from test_train import KEYS, nets  # noqa: F401  (a fixture)
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from config import build, cli
+from model import VideoDiT
+from rollout import directly
+
+
+def call(monkeypatch, capsys, *argv) -> dict:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "tiny", "--json", "--device=cpu", *argv])
+    cli(bench.main)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_sampling(monkeypatch, capsys):
+    """Catches numbers that contradict each other or are missing."""
+    found = call(monkeypatch, capsys, "--dim=64", "--layers=2", "--chunks=20", "--long=30")
+    (row,) = found["rows"]
+    assert row["mode"] == "eager" and found["passes per chunk"] == 5
+    assert 0 < row["diffusion ms p50"] <= row["diffusion ms p99"]
+    assert row["diffusion frames/s"] == pytest.approx(4000 / row["diffusion ms p50"])
+    assert min(row[k] for k in ("late : early", "decoded frames/s", "peak MiB", "first chunk ms")) > 0
+
+
+def test_a_late_chunk_costs_what_an_early_one_does():
+    """Catches a stream that grows: operations of chunk 9 and of chunk 60."""
+    cfg = build("tiny", {"dim": 32, "heads": 2, "layers": 1, "device": "cpu"})
+    with torch.inference_mode():
+        parts, _ = bench.start_stream(VideoDiT(cfg).eval(), cfg, directly)
+        counts = []
+        for _ in range(52):
+            with FlopCounterMode(display=False) as counter:
+                next(parts)
+            counts.append(counter.get_total_flops())
+    assert counts[0] == counts[-1] > 0
+
+
+def test_operations_are_counted(monkeypatch, capsys):
+    """Catches passes that the count misses: twice the steps is 9 passes instead of 5."""
+    few = call(monkeypatch, capsys, "--chunks=2")["rows"][0]
+    grid = "--denoise=1,.875,.75,.625,.5,.375,.25,.125"
+    many = call(monkeypatch, capsys, "--chunks=2", grid)["rows"][0]
+    flops = [row["TFLOP/s"] * row["diffusion ms p50"] for row in (few, many)]
+    assert flops[1] / flops[0] == pytest.approx(9 / 5, rel=0.02)
+
+
+def test_training(nets, monkeypatch, capsys):  # noqa: F811
+    rows = call(monkeypatch, capsys, "--training", "--rounds=1", f"--nets={nets}", *KEYS)["rows"]
+    assert [row["steps"] for row in rows] == [5, 5] and rows[0]["ratio"] == 1
+    assert all(row["seconds"] > 0 and row["peak MiB"] > 50 for row in rows)
+
+
+@pytest.mark.parametrize("argv", [["--chunks=0"], ["--long=-1"], ["--training", "--nets=/nowhere"]])
+def test_bad_input(argv, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, capsys, *argv)
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
