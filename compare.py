@@ -63,6 +63,12 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "diagonal-motion0": _DIAGONAL | {"motion": 0.0},
     "diagonal-motion1": _DIAGONAL | {"motion": 1.0},
     "diagonal-motion4": _DIAGONAL | {"motion": 4.0},
+    # ours: how strongly the critic is tilted, and all of Stream-R1 on top
+    "tilted-2": {"method": "tilted", "tilt": 2.0},
+    "tilted-stream_r1": _SR1 | {"tilt": 6.0},
+    # the teacher's guidance
+    "windowed-guidance3": PARTLESS | {"guidance": 3.0},
+    "tilted-guidance3": {"method": "tilted", "guidance": 3.0},
     # what later chunks see, in training and in sampling
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
     "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
@@ -114,7 +120,7 @@ def compare(names: list[str], typed: dict, how: Protocol) -> None:
         path, folder = how.results / f"{name}-{seed}.json", how.runs / f"{name}-{seed}"
         asked = asked_for(ROWS[name] | typed | {"seed": seed}, nets, how.clips)
         if path.exists():
-            if json.loads(path.read_text())["asked"] != asked:
+            if not alike(json.loads(path.read_text())["asked"], asked):
                 raise BadInput(f"{path} was made with other settings or nets; choose another --results")
             continue
         with open(writable_folder(str(folder)) / ".taken", "w") as file:
@@ -153,6 +159,12 @@ def asked_for(given: dict, nets: str, clips: int) -> dict:
     return {"clips": clips, "nets": nets} | {
         k: v for k, v in cfg.items() if k not in ("device", "save_every")
     }
+
+
+def alike(then: dict, now: dict) -> bool:
+    """A field that has been added since is alike at its default."""
+    default = asked_for({}, "", 0)
+    return then.keys() <= now.keys() and all(then.get(k, default[k]) == v for k, v in now.items())
 
 
 def run(name: str, typed: dict, seed: int, folder: Path, how: Protocol) -> dict:

@@ -53,7 +53,7 @@ class Config:
     kv_grad: bool = False  # let gradient leak through the cache, as the released code does
     # flow and rollout ------------------------------------------------------------------------------------
     shift: float = 3.0  # warps uniform time towards noise
-    guidance: float = 3.0  # u + guidance * (c - u); the papers' "3.0" is 4.0 in this convention
+    guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0 here, and trembles (LOG.md)
     denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
     taper: str = "uniform"  # steps per chunk: uniform | 5432 | 432 | first
     context: str = "clean"  # what later chunks see: clean | noisy | none (keep the last step's keys)
@@ -222,7 +222,7 @@ METHODS: dict[str, dict] = {
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
     "first_chunk_more": dict(_PLAIN, taper="first"),
-    "tilted": dict(_PLAIN, tilt=2.0),
+    "tilted": dict(_PLAIN, tilt=6.0),
 }
 
 

@@ -10,7 +10,7 @@ real clips of the first row would have fooled the reward that trained it.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from checkpoint import annotate, load_weights, read_header, writable_folder, wri
 from codec import Codec
 from config import BadInput, Config, build, cli, from_words, read_cli
 from data import World, caption, rng_for, tokenize
-from measure import measure
+from measure import measure, three_axes
 from model import VideoDiT
 from processes import pick_device
 from reward import AXES, RewardModel
@@ -67,7 +67,8 @@ def score(net, codec: Codec, reward: RewardModel, cfg: Config, flags: Flags, how
                 x = rollout(net, text, cfg, rngs, cfg.chunks * (4 if how == "beyond" else 1))
             video01 = codec.decode(x).float()
             judged = dict(zip(AXES, reward(video01, text).cpu().unbind(1), strict=True))
-            parts.append(measure(video01, [caption(w) for w in words]) | judged)
+            found = measure(video01, [caption(w) for w in words])
+            parts.append(found | three_axes(found) | judged)
         rows.append({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
@@ -118,6 +119,8 @@ def main() -> None:
     for label, name, how in jobs:
         header = headers[name]
         made = from_words(header["config"], typed | {"device": device})
+        if how == "teacher":  # guidance is nothing that it was trained with
+            made = replace(made, guidance=build(preset, typed).guidance)
         codec = load_weights(nets / "codec.safetensors", Codec(made), made, "codec").to(device)
         reward = load_weights(nets / "reward.safetensors", RewardModel(made), made, "reward").to(device)
         net = codec

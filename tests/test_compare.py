@@ -166,3 +166,13 @@ def test_forwards_of_seven_chunks():
         cfg = build("tiny", compare.ROWS[name])
         assert sum(len(step_grid(cfg, k)) + (cfg.context != "none") for k in range(7)) == forwards
     assert PRESETS["tiny"].method == "stream_r1"
+
+
+def test_results_outlive_new_fields():
+    """Catches results that are refused because a field was added since, and others that are not refused."""
+    now = compare.asked_for({"seed": 1}, "nets", 8)
+    then = {k: v for k, v in now.items() if k != "tilt"}
+    assert compare.alike(then, now) and compare.alike(now, now)
+    assert not compare.alike(then, now | {"tilt": 1.0})
+    assert not compare.alike(now | {"lr": 1.0}, now)
+    assert not compare.alike(now | {"gone": 1}, now)
