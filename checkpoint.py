@@ -1,5 +1,6 @@
 """Files that survive a crash: written under another name, flushed, renamed. Tensors only, no pickled code."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from codec import Codec
 from config import BadInput, Config
+from model import VideoDiT
+from reward import RewardModel
 
 # fields that a network's numbers depend on: weights made under other values are refused
 _NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk"
@@ -33,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def writable_folder(path: str) -> Path:
+def writable_folder(path: str, flag: str = "--out") -> Path:
     """Make a folder and make sure that files can be written there. Raises BadInput."""
     folder = Path(path)
     try:
@@ -42,7 +46,7 @@ def writable_folder(path: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise BadInput(f"--out={path} cannot be written: {error.strerror}") from error
+        raise BadInput(f"{flag}={path} cannot be written: {error.strerror}") from error
     return folder
 
 
@@ -75,6 +79,16 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
+def fingerprint(nets: Path) -> str:
+    """Of the tensors a run starts from; headers, which may be annotated, do not count."""
+    digest = hashlib.sha256()
+    for kind in ("codec", "teacher", "causal", "reward"):
+        read_header(nets / f"{kind}.safetensors")
+        for _, tensor in sorted(load_file(nets / f"{kind}.safetensors").items()):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Module:
     """fp16 safetensors → net, in evaluation mode. Raises BadInput when the file does not belong to it."""
     header = read_header(path)
@@ -85,35 +99,43 @@ def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Modul
         if made.get(name) != getattr(cfg, name):
             now = f"this run has {name}={getattr(cfg, name)}"
             raise BadInput(f"{path} was made with {name}={made.get(name)}, {now}")
+    return fit(net, load_file(path), path)
+
+
+def load_net(path: Path, cfg: Config, kind: str) -> nn.Module:
+    """The network a file of that kind holds, on cfg.device."""
+    net = {"codec": Codec, "reward": RewardModel}.get(kind, VideoDiT)(cfg)
+    return load_weights(path, net, cfg, kind).to(cfg.device)
+
+
+def fit(net: nn.Module, tensors: dict, path: Path, assign: bool = False) -> nn.Module:
+    """Every tensor finds its place and every place its tensor: else BadInput names the first few."""
     try:
-        net.load_state_dict(load_file(path))
+        net.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
-        raise BadInput(f"{path} does not fit the network: {str(error).splitlines()[1].strip()}") from error
+        what = str(error).splitlines()[1].strip()[:300]
+        raise BadInput(f"{path} does not fit the network: {what}") from error
     return net.eval()
 
 
-def save_state(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
-    """Everything a run needs to go on, as folder/step_%06d.pt; only the newest `keep` stay."""
+def save_state(folder: Path, step: int, state: dict) -> Path:
+    """Everything a run needs to go on, as folder/step_%06d.pt; only this one and one more stay."""
     path = Path(folder) / f"step_{step:06d}.pt"
     write_atomically(path, lambda name: torch.save(state | {"step": step}, name))
-    others = sorted(p for p in Path(folder).glob("step_*.pt") if p != path)
-    for old in others[: max(0, len(others) + 1 - keep)]:
+    for old in sorted(p for p in Path(folder).glob("step_*.pt") if p != path)[:-1]:
         old.unlink()
     return path
 
 
-def refuse_to_overwrite(folder: Path) -> None:
-    """A new run does not start in a folder that holds another's states. Raises BadInput."""
-    if list(Path(folder).glob("step_*.pt")):
-        raise BadInput(f"{folder} holds a run; --resume goes on with it, another --out starts a new one")
-
-
-def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = ()) -> dict | None:
-    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of another config.
+def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bool = True) -> dict | None:
+    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of another config, or if
+    there is one and a new run was to start.
 
     `free` names fields that may change between a run and its continuation (how long, how often to save).
     """
     paths = sorted(Path(folder).glob("step_*.pt"))
+    if paths and not resume:
+        raise BadInput(f"{folder} holds a run; --resume goes on with it, another --out starts a new one")
     if not paths:
         return None
     try:

@@ -35,10 +35,8 @@ class Codec(nn.Module):
     def __init__(self, cfg: Config, width: int = 96):
         super().__init__()
         if cfg.stride != 8 or cfg.time_stride != self.time_stride:
-            raise BadInput(
-                f"stride={cfg.stride} time_stride={cfg.time_stride} is not possible with the learned codec; "
-                f"allowed: 8 and {self.time_stride}"
-            )
+            given = f"stride={cfg.stride} time_stride={cfg.time_stride}"
+            raise BadInput(f"{given} is not possible with the learned codec; allowed: 8, {self.time_stride}")
         self.noise, self.straight = cfg.codec_noise, cfg.codec_straight
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, width // 3, 3, padding=1), nn.SiLU(),

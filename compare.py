@@ -10,21 +10,19 @@ learned reward takes part in the measures (measure.py).
 """
 
 import fcntl
-import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint import load_weights, read_header, writable_folder, write_atomically
+from checkpoint import fingerprint, load_net, read_header, writable_folder, write_atomically
 from codec import Codec
 from config import METHODS, BadInput, Config, build, from_words
 from data import World, caption, rng_for, tokenize
@@ -75,16 +73,7 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
 }
 CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where the base's and the context rows' students are sampled
 FAR = 9  # drift is looked for at this many times the training length
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 2 to 10 seeds
-
-
-@dataclass(frozen=True)
-class Protocol:
-    nets: Path
-    results: Path  # one JSON file a run
-    runs: Path  # what training leaves
-    seeds: int
-    clips: int  # prompts of the test split
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  # t for 2 to 10, more
 
 
 def reference(row: str) -> str:
@@ -107,13 +96,13 @@ def rows_named(names: str, typed: dict) -> list[str]:
     return wanted
 
 
-def compare(names: list[str], typed: dict, how: Protocol) -> None:
+def compare(names: list[str], typed: dict, how) -> None:
     """Train and measure every row with every seed, seed by seed, unless its file is there already.
 
     The same command may be started several times side by side: a run is left to whoever took it first. A run
     that fails is noted as failed, and the others go on. Raises BadInput for a file of other settings.
     """
-    writable_folder(str(how.results))
+    writable_folder(str(how.results), "--results")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the running training along
     nets = fingerprint(how.nets)
     for seed, name in product(range(how.seeds), names):
@@ -123,7 +112,7 @@ def compare(names: list[str], typed: dict, how: Protocol) -> None:
             if not alike(json.loads(path.read_text())["asked"], asked):
                 raise BadInput(f"{path} was made with other settings or nets; choose another --results")
             continue
-        with open(writable_folder(str(folder)) / ".taken", "w") as file:
+        with open(writable_folder(str(folder), "--runs") / ".taken", "w") as file:
             if not taken(file) or path.exists():
                 continue
             found = {"row": name, "seed": seed, "asked": asked} | run(name, typed, seed, folder, how)
@@ -143,22 +132,11 @@ def taken(file) -> bool:
     return True
 
 
-def fingerprint(nets: Path) -> str:
-    """Of the tensors a run starts from; headers, which may be annotated, do not count."""
-    digest = hashlib.sha256()
-    for kind in ("codec", "teacher", "causal", "reward"):
-        read_header(nets / f"{kind}.safetensors")
-        for _, tensor in sorted(load_file(nets / f"{kind}.safetensors").items()):
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def asked_for(given: dict, nets: str, clips: int) -> dict:
     """What makes results comparable: every field of the config that matters, the prompts, and the nets."""
-    cfg = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(build("tiny", given)).items()}
-    return {"clips": clips, "nets": nets} | {
-        k: v for k, v in cfg.items() if k not in ("device", "save_every")
-    }
+    cfg = json.loads(json.dumps(asdict(build("tiny", given))))  # lists for tuples, as in the file
+    del cfg["device"], cfg["save_every"]
+    return cfg | {"clips": clips, "nets": nets}
 
 
 def alike(then: dict, now: dict) -> bool:
@@ -167,14 +145,13 @@ def alike(then: dict, now: dict) -> bool:
     return then.keys() <= now.keys() and all(then.get(k, default[k]) == v for k, v in now.items())
 
 
-def run(name: str, typed: dict, seed: int, folder: Path, how: Protocol) -> dict:
+def run(name: str, typed: dict, seed: int, folder: Path, how) -> dict:
     """Run train.py, or what is left of it, and measure its student → what was found, or how it failed."""
     argv = [as_flag(k, v) for k, v in (ROWS[name] | typed).items()]
-    argv = ["train.py", *argv, f"--seed={seed}", f"--nets={how.nets}", f"--out={folder}"]
-    resume = ["--resume"] if list(folder.glob("step_*.pt")) else []
-    script = Path(__file__).with_name("train.py")
-    found = {"command": f"python {' '.join(argv)}"}
-    done = subprocess.run([sys.executable, str(script), *argv[1:], *resume], check=False)
+    argv += [f"--seed={seed}", f"--nets={how.nets}", f"--out={folder}"]
+    found = {"command": f"python train.py {' '.join(argv)}"}
+    argv += ["--resume"] if list(folder.glob("step_*.pt")) else []
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *argv], check=False)
     if done.returncode == 2:  # it has said why
         raise BadInput(f"{found['command']} was refused")
     if done.returncode:
@@ -193,13 +170,12 @@ def as_flag(name: str, value) -> str:
     return f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
-def judge(name: str, folder: Path, seed: int, how: Protocol) -> dict:
+def judge(name: str, folder: Path, seed: int, how) -> dict:
     """Measure a run's student, and one of the context rows or the base under every level of context noise."""
     path = folder / "student.safetensors"
     header = read_header(path)
     cfg = from_words(header["config"], {"device": "cpu"})
-    student = load_weights(path, VideoDiT(cfg), cfg, "student")
-    codec = load_weights(how.nets / "codec.safetensors", Codec(cfg), cfg, "codec")
+    student, codec = load_net(path, cfg, "student"), load_net(how.nets / "codec.safetensors", cfg, "codec")
     views, seconds = watch(student, codec, cfg, seed, how.clips)
     if name == BASE or name.startswith("context-"):
         for t in CONTEXTS:
@@ -251,8 +227,6 @@ def per_prompt(parts: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
 
 
 # -- the table ----------------------------------------
-
-
 def load_results(results: Path, names: list[str]) -> dict[str, dict[int, dict]]:
     """{row: {seed: what was found}} of the rows that have been run. Raises BadInput if mixed."""
     table: dict[str, dict[int, dict]] = {}
@@ -273,12 +247,12 @@ def mean_of(found: dict, view: str, name: str) -> float:
     return sum(abs(v) if name.endswith("drift") else v for v in values) / max(1, len(values))
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Seeds' means → mean, half a 95 % interval (Student's t); nan for one seed."""
-    x = torch.tensor(values, dtype=torch.float64)
-    if len(x) < 2:
-        return float(x.mean()), float("nan")
-    return float(x.mean()), float(_T95[min(len(x), 10) - 2] * x.std() / len(x) ** 0.5)
+def interval(values: list[float] | Tensor) -> tuple[float, float]:
+    """Mean of the finite ones, half a 95 % interval (Student's t); nan for a single one."""
+    x = torch.as_tensor(values, dtype=torch.float64)
+    x = x[x.isfinite()]
+    spread = float(x.std()) if len(x) > 1 else float("nan")
+    return float(x.mean()), _T95[min(len(x), 11) - 2] * spread / len(x) ** 0.5
 
 
 COLUMNS = (

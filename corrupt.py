@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS
+from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS, pick
 
 LOOKS = ("blur", "noise", "wash", "oversaturate", "seams", "ghost")
 MOTION = ("jump", "jitter", "stall", "speed", "reverse")
@@ -19,13 +19,9 @@ def _uniform(rng: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), generator=rng))
 
 
-def _choice(rng: torch.Generator, n: int) -> int:
-    return int(torch.randint(n, (), generator=rng))
-
-
 def worse_looks(video01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor:
     """(F 3 H W) in [0, 1] → the same content, visibly worse; the kind is drawn unless named."""
-    kind = kind or LOOKS[_choice(rng, len(LOOKS))]
+    kind = kind or LOOKS[pick(rng, len(LOOKS))]
     x = video01
     if kind == "blur":
         strength = _uniform(rng, 0.3, 1.0)
@@ -41,7 +37,7 @@ def worse_looks(video01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
         coarse = torch.randn(len(x), 3, x.shape[2] // 8, x.shape[3] // 8, generator=rng)
         x = x + _uniform(rng, 0.03, 0.12) * F.interpolate(coarse, scale_factor=8)
     else:
-        x = x.lerp(x.roll(_choice(rng, 3) + 2, dims=0), _uniform(rng, 0.2, 0.5))
+        x = x.lerp(x.roll(pick(rng, 3) + 2, dims=0), _uniform(rng, 0.2, 0.5))
     x = x.clamp(0, 1)
     unseen = (x - video01).abs().max() < 0.02  # nothing that stands still leaves a ghost
     return worse_looks(video01, rng, "blur") if unseen else x
@@ -50,17 +46,17 @@ def worse_looks(video01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
 def worse_motion(long01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor:
     """(2F 3 H W) in [0, 1] → F frames, each of them fine, that move badly; long01[:F] moves well."""
     frames = len(long01) // 2
-    kind = kind or MOTION[_choice(rng, len(MOTION))]
+    kind = kind or MOTION[pick(rng, len(MOTION))]
     time = torch.arange(frames)
     if kind == "jump":
-        cut = 1 + _choice(rng, frames - 1)
-        bad = long01[time + (time >= cut) * (2 + _choice(rng, frames - 1))]
+        cut = 1 + pick(rng, frames - 1)
+        bad = long01[time + (time >= cut) * (2 + pick(rng, frames - 1))]
     elif kind == "stall":
-        start, length = _choice(rng, frames // 2), frames // 4 + _choice(rng, frames // 2)
+        start, length = pick(rng, frames // 2), frames // 4 + pick(rng, frames // 2)
         after = torch.where(time < start + length, start, time - length)
         bad = long01[torch.where(time < start, time, after)]
     elif kind == "speed":
-        bad = long01[2 * time if _choice(rng, 2) else time // 2]
+        bad = long01[2 * time if pick(rng, 2) else time // 2]
     elif kind == "reverse":
         bad = long01[:frames].flip(0)
     else:
@@ -71,9 +67,9 @@ def worse_motion(long01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
 
 def _jitter(video01: Tensor, rng: torch.Generator) -> Tensor:
     """Shift whole frames by a pixel or two at random."""
-    reach = 1 + _choice(rng, 2)
+    reach = 1 + pick(rng, 2)
     shifts = torch.randint(-reach, reach + 1, (len(video01), 2), generator=rng)
-    shifts[_choice(rng, len(video01))] = reach  # at least one frame moves
+    shifts[pick(rng, len(video01))] = reach  # at least one frame moves
     return torch.stack([x.roll(tuple(s), dims=(1, 2)) for x, s in zip(video01, shifts.tolist(), strict=True)])
 
 
@@ -81,11 +77,11 @@ def wrong_words(meaning: list[str], rng: torch.Generator) -> list[str]:
     """The same caption with one of its words replaced by another of its kind. Silent places stay silent."""
     kinds = [COLOURS, SHAPES, MOTIONS, SPEEDS] * (len(meaning) // 4) + [BACKGROUNDS]
     spoken = [i for i, word in enumerate(meaning) if word]
-    place = spoken[_choice(rng, len(spoken))]
+    place = spoken[pick(rng, len(spoken))]
     others = [w for w in kinds[place] if w != meaning[place]]
     if meaning[place] in MOTIONS and place + 1 < len(meaning) and meaning[place + 1]:
         others = [w for w in others if w != "still"]  # "still slowly" is no caption
-    return [*meaning[:place], others[_choice(rng, len(others))], *meaning[place + 1 :]]
+    return [*meaning[:place], others[pick(rng, len(others))], *meaning[place + 1 :]]
 
 
 def pairs(long01: Tensor, words: list[list[str]], rngs: list, free: bool) -> tuple[Tensor, list, list]:

@@ -24,23 +24,12 @@ from torch import Tensor
 from config import BadInput, Config
 
 COLOURS = {
-    "red": (0.90, 0.12, 0.12),
-    "green": (0.10, 0.75, 0.15),
-    "blue": (0.15, 0.25, 0.95),
-    "yellow": (0.95, 0.85, 0.10),
-    "cyan": (0.10, 0.85, 0.90),
-    "magenta": (0.90, 0.15, 0.85),
-    "orange": (1.00, 0.50, 0.05),
-    "purple": (0.45, 0.10, 0.70),
-}
+    "red": (0.90, 0.12, 0.12), "green": (0.10, 0.75, 0.15), "blue": (0.15, 0.25, 0.95),
+    "yellow": (0.95, 0.85, 0.10), "cyan": (0.10, 0.85, 0.90), "magenta": (0.90, 0.15, 0.85),
+    "orange": (1.00, 0.50, 0.05), "purple": (0.45, 0.10, 0.70),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-MOTIONS = {
-    "left": (-1.0, 0.0),
-    "right": (1.0, 0.0),
-    "up": (0.0, -1.0),
-    "down": (0.0, 1.0),
-    "still": (0.0, 0.0),
-}
+MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels per frame on a 32-pixel canvas
 BACKGROUNDS = {"black": 0.05, "grey": 0.25, "white": 0.95}
 _FILLER = ("a", "an", "the", "on", "background", "moving", "standing")
@@ -52,8 +41,6 @@ WEAVE, TURN = 0.35, 0.125  # sideways speed as a share of forward speed; chance 
 
 
 # -- randomness: every draw is a function of what it is for ----------------------------------------
-
-
 def rng_for(*key: int | str) -> torch.Generator:
     """A generator that depends on (seed, purpose, step, sample, ...) alone: resume needs no RNG state."""
     words = [int.from_bytes(k.encode(), "little") if isinstance(k, str) else k for k in key]
@@ -70,8 +57,6 @@ def randn(rngs: list[torch.Generator], *shape: int, device=None) -> Tensor:
 
 
 # -- language ----------------------------------------
-
-
 @lru_cache(maxsize=4096)
 def _vector(word: str, width: int) -> Tensor:
     return torch.randn(width, generator=rng_for("word", word))
@@ -144,8 +129,6 @@ def caption(meaning: list[str]) -> str:
 
 
 # -- the world ----------------------------------------
-
-
 @dataclass
 class Batch:
     video01: Tensor  # (b F 3 H W) in [0, 1]
@@ -207,10 +190,10 @@ class World:
             colours = torch.randperm(len(COLOURS), generator=rng)
             words = []
             for i in range(self.cfg.objects):
-                motion = tuple(MOTIONS)[_pick(rng, len(MOTIONS))]
-                speed = "" if motion == "still" else tuple(SPEEDS)[_pick(rng, len(SPEEDS))]
-                words += [tuple(COLOURS)[colours[i]], SHAPES[_pick(rng, len(SHAPES))], motion, speed]
-            words.append(tuple(BACKGROUNDS)[_pick(rng, len(BACKGROUNDS))])
+                motion = tuple(MOTIONS)[pick(rng, len(MOTIONS))]
+                speed = "" if motion == "still" else tuple(SPEEDS)[pick(rng, len(SPEEDS))]
+                words += [tuple(COLOURS)[colours[i]], SHAPES[pick(rng, len(SHAPES))], motion, speed]
+            words.append(tuple(BACKGROUNDS)[pick(rng, len(BACKGROUNDS))])
             if split_of(words) == self.split:
                 return words
 
@@ -253,7 +236,7 @@ class World:
         return video
 
 
-def _pick(rng: torch.Generator, n: int) -> int:
+def pick(rng: torch.Generator, n: int) -> int:
     return int(torch.randint(n, (), generator=rng))
 
 
@@ -264,8 +247,6 @@ def split_of(meaning: list[str]) -> str:
 
 
 # -- real clips ----------------------------------------
-
-
 def read_clip(path: Path, cfg: Config) -> Tensor:
     """A clip or a picture → bytes (F 3 H W) at cfg.fps, cut around the centre. Raises BadInput."""
     path = Path(path)
@@ -324,7 +305,7 @@ class ClipFolder:
 
     def _choose(self, key: tuple) -> tuple[Tensor, str, torch.Generator]:
         rng = rng_for("clip", *key)
-        return *self.clips[_pick(rng, len(self.clips))], rng
+        return *self.clips[pick(rng, len(self.clips))], rng
 
     def captions(self, keys: list[tuple]) -> list[list[str]]:
         return [free_words(self._choose(key)[1]) for key in keys]
@@ -334,7 +315,7 @@ class ClipFolder:
         videos, prompts = [], []
         for key, shown in zip(keys, times.expand(len(keys), -1), strict=True):
             video, text, rng = self._choose(key)
-            at = (_pick(rng, len(video) - self.cfg.pixel_frames + 1) + shown) % (2 * len(video))
+            at = (pick(rng, len(video) - self.cfg.pixel_frames + 1) + shown) % (2 * len(video))
             videos.append(video[torch.minimum(at, 2 * len(video) - 1 - at)].float() / 255)
             prompts.append(text)
         return Batch(torch.stack(videos), prompts, [free_words(p) for p in prompts])

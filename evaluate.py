@@ -11,18 +11,18 @@ real clips of the first row would have fooled the reward that trained it.
 
 import json
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import compare
-from checkpoint import annotate, load_weights, read_header, writable_folder, write_atomically
+from checkpoint import annotate, load_net, read_header, writable_folder, write_atomically
 from codec import Codec
 from config import BadInput, Config, build, cli, from_words, read_cli
 from data import World, caption, rng_for, tokenize
 from measure import measure, three_axes
-from model import VideoDiT
 from processes import pick_device
 from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
@@ -39,8 +39,8 @@ class Flags:
     # of `evaluate.py table`
     methods: str = ""  # rows of compare.py, comma-separated; default all
     seeds: int = 5  # 0: only print what has been measured
-    results: str = "results"  # one JSON file a run
-    runs: str = "out/table"  # what training leaves
+    results: Path = Path("results")  # one JSON file a run
+    runs: Path = Path("out/table")  # what training leaves
 
 
 @torch.no_grad()
@@ -51,48 +51,35 @@ def score(net, codec: Codec, reward: RewardModel, cfg: Config, flags: Flags, how
     within (a rollout of the training length) | beyond (the last clip's worth of frames of a rollout four
     times that long).
     """
-    rows = []
-    for noise in range(1 if how == "real" else flags.noises):
-        parts = []
-        for first in range(0, flags.clips, 32):
-            keys = [("evaluate", i) for i in range(first, min(first + 32, flags.clips))]
-            words = World(cfg, "test").captions(keys)
-            text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
-            rngs = [rng_for("evaluate", noise, i) for _, i in keys]
-            if how == "real":
-                x = codec.encode(World(cfg, "test").batch(keys).video01.to(cfg.device))
-            elif how == "teacher":
-                x = sample_teacher(net, text, cfg, rngs)
-            else:
-                x = rollout(net, text, cfg, rngs, cfg.chunks * (4 if how == "beyond" else 1))
-            video01 = codec.decode(x).float()
-            judged = dict(zip(AXES, reward(video01, text).cpu().unbind(1), strict=True))
-            found = measure(video01, [caption(w) for w in words])
-            parts.append(found | three_axes(found) | judged)
-        rows.append({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
-    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-
-
-def interval(values: Tensor) -> tuple[float, float]:
-    """(noises clips) → mean, half a 95 % interval over prompts: one prompt's noises are not independent."""
-    per_prompt = values.nanmean(0)
-    per_prompt = per_prompt[per_prompt.isfinite()]
-    spread = per_prompt.std() if len(per_prompt) > 1 else torch.tensor(float("nan"))
-    return float(per_prompt.mean()), float(1.96 * spread / len(per_prompt) ** 0.5)
+    parts, world = [], World(cfg, "test")
+    runs = list(product(range(1 if how == "real" else flags.noises), range(flags.clips)))
+    for some in (runs[first : first + 32] for first in range(0, len(runs), 32)):
+        keys, rngs = [("evaluate", i) for _, i in some], [rng_for("evaluate", *run) for run in some]
+        words = world.captions(keys)
+        text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
+        if how == "real":
+            x = codec.encode(world.batch(keys).video01.to(cfg.device))
+        elif how == "teacher":
+            x = sample_teacher(net, text, cfg, rngs)
+        else:
+            x = rollout(net, text, cfg, rngs, cfg.chunks * (4 if how == "beyond" else 1))
+        video01 = codec.decode(x).float()
+        judged = dict(zip(AXES, reward(video01, text).cpu().unbind(1), strict=True))
+        found = measure(video01, [caption(w) for w in words])
+        parts.append(found | three_axes(found) | judged)
+    return {k: torch.cat([part[k] for part in parts]).view(-1, flags.clips) for k in parts[0]}
 
 
 def table_of_methods(typed: dict, flags: Flags) -> None:
     """Train and measure what is missing, then print the table (compare.py)."""
     if not 0 <= flags.seeds <= 10 or flags.clips < 2:
         raise BadInput(f"seeds={flags.seeds} clips={flags.clips} is not possible; allowed: 0 to 10, from 2")
-    results, runs = Path(flags.results), Path(flags.runs)
     names = compare.rows_named(flags.methods, typed)
-    how = compare.Protocol(Path(flags.nets or "assets/tiny"), results, runs, flags.seeds, flags.clips)
     if flags.seeds:
-        compare.compare(names, typed, how)
-    table = compare.load_results(results, names)
+        compare.compare(names, typed, replace(flags, nets=Path(flags.nets or "assets/tiny")))
+    table = compare.load_results(flags.results, names)
     if not table:
-        raise BadInput(f"{results} holds no runs of these rows; --seeds=1 or more makes some")
+        raise BadInput(f"{flags.results} holds no runs of these rows; --seeds=1 or more makes some")
     print(compare.markdown(table), compare.crossed(table), sep="\n\n")
 
 
@@ -102,13 +89,11 @@ def main() -> None:
         return table_of_methods(typed, flags)
     device = pick_device(build(preset, typed))
     nets = Path(flags.nets or f"assets/{preset}")
-    jobs = [("real, through the codec", "codec", "real")]
-    jobs += [("teacher", "teacher", "teacher"), ("causal start", "causal", "within")]
-    jobs += [("stream_r1", "stream_r1", "within"), ("stream_r1, 4x length", "stream_r1", "beyond")]
-    paths = {kind: nets / f"{kind}.safetensors" for _, kind, _ in jobs}
+    paths = {kind: nets / f"{kind}.safetensors" for kind in ("codec", "teacher", "causal", "stream_r1")}
+    jobs = [("codec", "real"), ("teacher", "teacher"), ("causal", "within")]
+    jobs += [("stream_r1", "within"), ("stream_r1", "beyond")]
     if flags.student:
-        paths = {"student": Path(flags.student)}
-        jobs = [("student", "student", "within"), ("student, 4x length", "student", "beyond")]
+        paths, jobs = {"student": Path(flags.student)}, [("student", "within"), ("student", "beyond")]
     if flags.clips < 2 or flags.noises < 1:
         raise BadInput(f"clips={flags.clips} noises={flags.noises} is not possible; allowed: from 2, from 1")
     if flags.stamp and set(typed) - {"device"}:
@@ -116,18 +101,16 @@ def main() -> None:
     out, table = Path(flags.out), {}
     writable_folder(str(out.parent))
     headers = {name: read_header(path) for name, path in paths.items()}
-    for label, name, how in jobs:
-        header = headers[name]
+    for name, how in jobs:
+        label, header = f"{name}, {how}", headers[name]
         made = from_words(header["config"], typed | {"device": device})
         if how == "teacher":  # guidance is nothing that it was trained with
             made = replace(made, guidance=build(preset, typed).guidance)
-        codec = load_weights(nets / "codec.safetensors", Codec(made), made, "codec").to(device)
-        reward = load_weights(nets / "reward.safetensors", RewardModel(made), made, "reward").to(device)
-        net = codec
-        if how != "real":
-            net = load_weights(paths[name], VideoDiT(made), made, header["kind"]).to(device)
+        codec, reward = (load_net(nets / f"{kind}.safetensors", made, kind) for kind in ("codec", "reward"))
+        net = load_net(paths[name], made, header["kind"])
         measured = score(net, codec, reward, made, flags, how)
-        table[label] = {k: interval(v) for k, v in measured.items()}
+        # one prompt's noises are not independent, so the intervals are over prompts
+        table[label] = {k: compare.interval(v.nanmean(0)) for k, v in measured.items()}
         cells = " ".join(f"{k} {m:.3f}±{h:.3f}" for k, (m, h) in table[label].items())
         print(f"{label:24} {cells}", flush=True)
         if flags.stamp:

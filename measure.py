@@ -25,6 +25,7 @@ from data import BACKGROUNDS, COLOURS, MOTIONS, RADIUS, SHAPES, SPEEDS, parse, s
 
 ACCURACIES = ("colour", "shape", "direction", "speed")
 _PALETTE = torch.tensor(list(COLOURS.values()))
+_WAYS = torch.tensor(list(MOTIONS.values())).float()
 _GREYS = torch.tensor(list(BACKGROUNDS.values()))
 _GONE = 16  # pixels on a 32-pixel canvas: less of an object than this in most frames is no object (real: 70)
 _WORST = {"colour": 0, "shape": 0, "direction": 0, "speed": 0, "background": 0, "jitter": 16, "stall": 1,
@@ -82,25 +83,27 @@ def _measure_object(clip: Tensor, base: Tensor, want: list[str], wanted: list) -
     found, raw, paint = _segment(clip, base, colour, [w[0] for w in wanted])
     alpha = _soft_step(raw)
     centre = _centre(alpha)
-    step = _shorter(centre.diff(dim=0), alpha)  # (F-1 2)
+    size = torch.tensor([alpha.shape[-1], alpha.shape[-2]])
+    step = (centre.diff(dim=0) + size / 2) % size - size / 2  # (F-1 2), the shorter way round
     velocity = step.median(dim=0).values / scale
     pace = velocity.abs().max()
-    kind = "still" if pace < _STILL else _direction(velocity)
+    way = tuple(MOTIONS).index("still") if pace < _STILL else int((_WAYS @ velocity).argmax())
     quick = int(pace > _QUICK)
     gone = (alpha.sum((1, 2)) < _GONE * scale**2).float().mean() > 0.5
     fast_enough = pace < _STILL if motion == "still" else (pace >= _STILL) & (quick == (speed == "quickly"))
     silent = torch.tensor(float("nan"))
+    vivid, core = clip.amax(1) - clip.amin(1), raw > 0.8
     idle = (step.abs().amax(1) / scale < _STILL).float().mean()
     result = {
         "colour": _agree(colour, tuple(COLOURS), found),
         "shape": _agree(shape, SHAPES, _which_shape(alpha, centre, scale)),
-        "direction": _agree(motion, tuple(MOTIONS), tuple(MOTIONS).index(kind)),
+        "direction": _agree(motion, tuple(MOTIONS), way),
         "speed": fast_enough.float() if speed or motion == "still" else silent,
         "jitter": step.diff(dim=0).square().sum(1).mean().sqrt() / scale,
         "stall": silent if motion in ("", "still") else idle,
         "paint": _paint_error(clip, raw, colour),
         "sharpness": ((2 * raw - 1).abs() * (raw > 0.1)).sum() / (raw > 0.1).sum().clamp(min=1),
-        "saturation": _drift(_saturation(clip, raw)),
+        "saturation": _drift((vivid * core).sum((1, 2)) / core.sum((1, 2)).clamp(min=1)),
     }
     return result | {k: result[k] * 0 + worst for k, worst in _WORST.items() if gone and k in result}
 
@@ -153,18 +156,6 @@ def _centre(alpha: Tensor) -> Tensor:
     return torch.stack(centres, dim=-1)
 
 
-def _shorter(step: Tensor, alpha: Tensor) -> Tensor:
-    size = torch.tensor([alpha.shape[-1], alpha.shape[-2]])
-    return (step + size / 2) % size - size / 2
-
-
-def _direction(velocity: Tensor) -> str:
-    x, y = velocity.tolist()
-    if abs(x) > abs(y):
-        return "right" if x > 0 else "left"
-    return "down" if y > 0 else "up"
-
-
 def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
     """The shape whose rendering at the measured centre overlaps most, soft IoU over all frames."""
     h, w = alpha.shape[-2:]
@@ -202,10 +193,3 @@ def _seams(away: Tensor, quiet: Tensor, block: int = 8) -> Tensor:
     known = (quiet[..., 1:] & quiet[..., :-1]).expand_as(change)
     border = (torch.arange(1, away.shape[-1]) % block == 0).expand_as(change)
     return change[known & border].mean() - change[known & ~border].mean()
-
-
-def _saturation(clip: Tensor, raw: Tensor) -> Tensor:
-    """Mean (max - min channel) over the object's core, per frame (F,)."""
-    core = raw > 0.8
-    colourful = clip.amax(1) - clip.amin(1)
-    return (colourful * core).sum((1, 2)) / core.sum((1, 2)).clamp(min=1)

@@ -48,8 +48,6 @@ def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
 
 
 # -- positions ----------------------------------------
-
-
 class Rope:
     """3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128).
 
@@ -62,18 +60,11 @@ class Rope:
 
     def angles(self, frames: Tensor, h: int, w: int) -> Tensor:
         """Frame positions (f,) and a token grid → (f*h*w, 1, d/2) complex: a turn e^iθ for every token."""
-        f, device = len(frames), frames.device
-        places = (frames, torch.arange(h, device=device), torch.arange(w, device=device))
-        at = [
-            place[:, None] * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-            for place, width in zip(places, self.widths, strict=True)
-        ]
-        angle = torch.cat([
-            at[0][:, None, None].expand(f, h, w, -1),
-            at[1][None, :, None].expand(f, h, w, -1),
-            at[2][None, None, :].expand(f, h, w, -1),
-        ], dim=-1)  # fmt: skip
-        return torch.polar(torch.ones(()).to(angle), rearrange(angle, "f h w d -> (f h w) 1 d"))
+        device = frames.device
+        places = torch.cartesian_prod(frames, *(torch.arange(n, device=device) for n in (h, w)))  # (f*h*w, 3)
+        freqs = [10000.0 ** (-torch.arange(0, n, 2, device=device) / n) for n in self.widths]
+        angle = torch.cat([places[:, i, None] * f for i, f in enumerate(freqs)], dim=1)[:, None]
+        return torch.polar(torch.ones(()).to(angle), angle)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -83,17 +74,6 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 # -- what a chunk may see ----------------------------------------
-
-
-def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> Tensor:
-    """(f f) bool, row sees column: own chunk and the past, of it the first `sink` chunks and the latest ones,
-    `window` chunks in all."""
-    block = torch.arange(frames) // chunk
-    query, key = block[:, None], block[None, :]
-    near = key > query - window + sink if window else torch.ones(frames, frames, dtype=torch.bool)
-    return (key <= query) & (near | (key < sink))
-
-
 def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
     """Mask (2f 2f), positions (2f) for [clean | noisy]: a noisy chunk sees itself and the clean past."""
     block = torch.arange(frames) // chunk
@@ -218,8 +198,6 @@ class RingCache:
 
 
 # -- the transformer ----------------------------------------
-
-
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """Time (b f) in [0, 1] → (b f width): cosines, then sines, of 1000 t."""
     half = width // 2

@@ -13,11 +13,9 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from checkpoint import load_weights, read_header, writable_folder, write_atomically
-from codec import Codec
+from checkpoint import load_net, read_header, writable_folder, write_atomically
 from config import BadInput, Config, cli, from_words, read_cli
 from data import rng_for, tokenize, understand
-from model import VideoDiT
 from reward import AXES, RewardModel
 from rollout import rollout
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
@@ -74,8 +72,6 @@ def curves(path: Path, metrics: Path) -> None:
 
 
 # -- saliency ----------------------------------------
-
-
 def heat(x: Tensor) -> Tensor:
     """(f h w), scaled by its maximum → black-red-yellow-white pictures (f 3 h w) in [0, 1]."""
     x = x / x.max().clamp(min=1e-12)
@@ -125,9 +121,8 @@ def main() -> None:
         cfg = from_words(header["config"], typed | {"device": "cpu"})
         words = understand(flags.prompt, cfg, header.get("vocabulary", "").split())
         text = tokenize([words], cfg.text_length, cfg.text_width)
-        student = load_weights(nets / "stream_r1.safetensors", VideoDiT(cfg), cfg, "student")
-        codec = load_weights(nets / "codec.safetensors", Codec(cfg), cfg, "codec")
-        reward = load_weights(nets / "reward.safetensors", RewardModel(cfg), cfg, "reward")
+        student = load_net(nets / "stream_r1.safetensors", cfg, "student")
+        codec, reward = (load_net(nets / f"{kind}.safetensors", cfg, kind) for kind in ("codec", "reward"))
         with torch.no_grad():
             video01 = codec.decode(rollout(student, text, cfg, [rng_for(flags.seed, "saliency")]))
         saliency_sheet(out / "saliency.png", video01, text, reward, cfg)

@@ -20,16 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from checkpoint import (
-    die_on_signal,
-    load_state,
-    load_weights,
-    refuse_to_overwrite,
-    save_state,
-    save_weights,
-    stop_on_signal,
-    writable_folder,
-)
+import checkpoint
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
 from corrupt import pairs, worse_looks, worse_motion
@@ -76,18 +67,19 @@ STAGES = {
 
 def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: Flags):
     """Minimise loss_of(net, averaged, step): warm-up, constant, linear decay over the last 40 %."""
-    folder = writable_folder(f"{flags.out}/{stage.name}-state")
+    folder = checkpoint.writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
     opts = optimizers(net, stage.lr)
-    state = load_state(folder, cfg, FREE) if flags.resume else refuse_to_overwrite(folder)
+    state = checkpoint.load_state(folder, cfg, FREE, flags.resume)
     if state:
-        if state["stage"] != asdict(stage):
-            raise BadInput(f"--resume: {folder} was made with {state['stage']}, this run has {asdict(stage)}")
+        then, now = (stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
+        if then != now:
+            raise BadInput(f"--resume: {folder} was made with {then}, this run has {now}")
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
         for opt, saved in zip(opts, state["opts"], strict=True):
             opt.load_state_dict(saved)
-    stop = stop_on_signal()
+    stop = checkpoint.stop_on_signal()
     first = state["step"] if state else 0
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name, mininterval=2)
     smooth, bad = None, 0
@@ -113,11 +105,11 @@ def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: F
         if (step + 1) % 500 == 0 or step + 1 == stage.steps or stop:
             nets = {"net": net.state_dict(), "averaged": averaged.state_dict()}
             run = {"opts": [o.state_dict() for o in opts], "config": asdict(cfg), "stage": asdict(stage)}
-            save_state(folder, step + 1, nets | run)
+            checkpoint.save_state(folder, step + 1, nets | run)
         if stop:
             print(f"stopped after step {step + 1}; --resume goes on from there")
             sys.exit(0)
-    die_on_signal()
+    checkpoint.die_on_signal()
     return averaged.module.eval()
 
 
@@ -132,16 +124,16 @@ def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [adam, torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
-def made(kind: str, net: nn.Module, cfg: Config, flags: Flags) -> nn.Module:
+def made(kind: str, cfg: Config, flags: Flags) -> nn.Module:
     """What an earlier stage has left."""
-    return load_weights(Path(flags.out) / f"{kind}.safetensors", net, cfg, kind).to(cfg.device)
+    return checkpoint.load_net(Path(flags.out) / f"{kind}.safetensors", cfg, kind)
 
 
 def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
     return [(cfg.seed, stage.name, step, i) for i in range(stage.batch)]
 
 
-def train_codec(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
+def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Triplets of frames, two frames apart."""
     torch.manual_seed(cfg.seed)
     net = Codec(cfg)
@@ -167,17 +159,14 @@ def noisy_batch(cfg: Config, stage: Stage, step: int, source, codec, times=None)
     return x, noise, text.to(cfg.device), rngs
 
 
-def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
+def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip, most often a middling one.
 
     Uniform times spend most of the loss near t = 0 and 1, where a clip is nearly known or hardly visible;
     what words decide lies between (LOG.md). Logit-normal as in Stable Diffusion 3 (Esser et al. 2024).
     """
-    codec = made("codec", Codec(cfg), cfg, flags)
     torch.manual_seed(cfg.seed)
-    net = VideoDiT(cfg)
-    if flags.start:
-        load_weights(flags.start, net, cfg, "teacher").train()
+    net = checkpoint.load_net(flags.start, cfg, "teacher").train() if flags.start else VideoDiT(cfg)
 
     def loss_of(net, averaged, step):
         x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)
@@ -189,10 +178,9 @@ def train_teacher(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     return learn(stage, net.to(cfg.device), loss_of, cfg, flags)
 
 
-def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
+def train_causal(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Teacher forcing from the teacher's weights: a noisy chunk, at its own time, sees the clean past."""
-    codec = made("codec", Codec(cfg), cfg, flags)
-    net = made("teacher", VideoDiT(cfg), cfg, flags)
+    net = made("teacher", cfg, flags)
 
     def loss_of(net, averaged, step):
         x, noise, text, rngs = forced_batch(cfg, stage, step, source, codec)
@@ -204,13 +192,12 @@ def train_causal(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
     return learn(stage, net, loss_of, cfg, flags)
 
 
-def train_consistency(cfg: Config, stage: Stage, source, flags: Flags, levels: int = 48) -> nn.Module:
+def train_consistency(cfg: Config, stage: Stage, source, codec, flags: Flags, levels: int = 48) -> nn.Module:
     """After the causal start (Causal Forcing++): |x̂(x_t) - x̂_averaged(x_s)|², s one level below t.
 
     x_s is one guided Euler step of the frozen causal start away from x_t; at s = 0 it is the target.
     """
-    codec = made("codec", Codec(cfg), cfg, flags)
-    frozen, net = (made("causal", VideoDiT(cfg), cfg, flags) for _ in range(2))
+    frozen, net = (made("causal", cfg, flags) for _ in range(2))
     grid = shift_time(torch.linspace(0, 1, levels + 1, device=cfg.device), cfg.shift)
 
     def loss_of(net, averaged, step):
@@ -245,21 +232,20 @@ def forced(net, x: Tensor, xt: Tensor, t: Tensor, text: Tensor, cfg: Config) -> 
 
 
 @torch.no_grad()
-def report_codec(net: Codec, cfg: Config, flags: Flags, count: int = 128) -> dict[str, str]:
+def report_codec(net: Codec, cfg: Config, codec, flags: Flags, count: int = 128) -> dict[str, str]:
     """Reconstruction of the world's clips that were not learnt from, or of a folder's."""
     batch = source_of(cfg, "select").batch([("report", i) for i in range(count)])
     errors = [F.mse_loss(net.decode(net.encode(v)), v) for v in batch.video01.to(cfg.device).split(32)]
     return {"PSNR, dB": f"{-10 * torch.stack(errors).mean().log10():.1f}"}
 
 
-def train_reward(cfg: Config, stage: Stage, source, flags: Flags) -> nn.Module:
+def train_reward(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Bradley-Terry on pairs: -log σ(r_good - r_bad) on the damaged axis; the other axes are held level.
 
     The good clip has been through the codec, so that the reward does not ask for what no student can give.
     Clips of the models themselves lose against real ones on every axis: a reward must not prefer what a
     generator makes.
     """
-    codec = made("codec", Codec(cfg), cfg, flags)
     source = source_of(cfg)  # whole captions: a wrong speed cannot be seen where none is named
     rivals = rival_clips(cfg, codec, source, flags)
     torch.manual_seed(cfg.seed)
@@ -286,7 +272,7 @@ def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 25
     nets += [(Path(path), "student") for path in flags.rivals.split(",") if path]
     videos, texts = [], []
     for path, kind in nets:
-        net = load_weights(path, VideoDiT(cfg), cfg, kind).to(cfg.device)
+        net = checkpoint.load_net(path, cfg, kind)
         words = source.captions([(cfg.seed, "rival", kind, i) for i in range(count)])
         text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
         for i in tqdm(range(0, count, 32), desc=f"clips of {path.name}"):
@@ -298,9 +284,8 @@ def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 25
 
 
 @torch.no_grad()
-def report_reward(net: RewardModel, cfg: Config, flags: Flags, count: int = 256) -> dict[str, str]:
+def report_reward(net: RewardModel, cfg: Config, codec, flags: Flags, count: int = 256) -> dict[str, str]:
     """Give scores mean 0, unit spread over good and damaged clips → accuracies, against rivals as well."""
-    codec = made("codec", Codec(cfg), cfg, flags)
     rngs, own = [rng_for("report", i) for i in range(count)], [("report", i) for i in range(count)]
     batch = source_of(cfg, "select").batch(own, torch.arange(2 * cfg.pixel_frames))
     parts = batch.video01.to(cfg.device).split(32)
@@ -325,7 +310,7 @@ def _per_axis(values: Tensor, form: str) -> str:
 
 
 @torch.no_grad()
-def show(name: str, net: nn.Module, cfg: Config, source, out: Path) -> None:
+def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> None:
     """A contact sheet of what the stage has learnt: reconstructions, samples, or scored clips."""
     batch = source.batch([("show", i) for i in range(6)], torch.arange(2 * cfg.pixel_frames))
     good, text = batch.video01[:, : cfg.pixel_frames], tokenize(batch.words, cfg.text_length, cfg.text_width)
@@ -342,7 +327,6 @@ def show(name: str, net: nn.Module, cfg: Config, source, out: Path) -> None:
             for kind, video in clips.items():
                 rows[f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}"] = video[i]
     else:
-        codec = load_weights(out / "codec.safetensors", Codec(cfg), cfg, "codec").to(cfg.device)
         sampler = sample_teacher if name == "teacher" else rollout
         x = sampler(net, text.to(cfg.device), cfg, [rng_for("show", i) for i in range(6)])
         rows = dict(zip(batch.prompts, codec.decode(x), strict=True))
@@ -365,26 +349,27 @@ def main() -> None:
         raise BadInput(f"{typed} is not possible; allowed: from 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
-    out = writable_folder(flags.out)
+    out = checkpoint.writable_folder(flags.out)
     source = source_of(cfg, drop_words=0.1)
     for name in NEEDED if flags.stage == "all" else (flags.stage,):
         own = {k: getattr(flags, k) for k in ("steps", "batch", "lr") if getattr(flags, k)}
         stage = replace(STAGES[name], **own)
         print(f"{name}: {stage.steps} steps of {stage.batch} clips; expect {stage.expect}", flush=True)
         start = time.perf_counter()
-        net = TRAINERS[name](cfg, stage, source, flags)
+        codec = None if name == "codec" else made("codec", cfg, flags)
+        net = TRAINERS[name](cfg, stage, source, codec, flags)
         minutes = (time.perf_counter() - start) / 60
         facts = {"steps": stage.steps, "command": " ".join(sys.argv)}
         facts["minutes"] = "unknown: resumed" if flags.resume else f"{minutes:.1f}"
         facts["vocabulary"] = " ".join(source.vocabulary)
         if name in REPORTS:
-            measured = REPORTS[name](net, cfg, flags)
+            measured = REPORTS[name](net, cfg, codec, flags)
             print(*(f"{what}: {value}" for what, value in measured.items()), sep="\n", flush=True)
             where = "clips learnt from" if cfg.data else "held-out clips"  # a folder is not split
             facts |= {f"measured on {where}, {what}": value for what, value in measured.items()}
         kind = "causal" if name == "consistency" else name  # either can be where a student starts
-        save_weights(out / f"{name}.safetensors", net, cfg, kind, **facts)
-        show(name, net, cfg, source, out)
+        checkpoint.save_weights(out / f"{name}.safetensors", net, cfg, kind, **facts)
+        show(name, net, cfg, source, codec, out)
         print(f"{name}: {minutes:.1f} min → {out / name}.safetensors and .png", flush=True)
 
 

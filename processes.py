@@ -70,10 +70,6 @@ def mean(stats: dict, device: str) -> dict[str, float]:
     return dict(zip(stats, values.tolist(), strict=True))
 
 
-def any_of(flag: bool) -> bool:
+def any_of(flag: bool, device: str) -> bool:
     """Whether any process says so."""
-    return gather(torch.tensor([flag], device=_where())).any().item()
-
-
-def _where() -> str:
-    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return gather(torch.tensor([flag], device=device)).any().item()

@@ -17,7 +17,7 @@ from torch import Tensor
 from config import Config
 from data import randn, rng_for
 from dmd import guided_x0
-from model import KV, ListCache, RingCache, VideoDiT, shift_time
+from model import KV, ListCache, VideoDiT, shift_time
 
 # before the shift; Diagonal Distillation: early chunks get more steps, all chunks the same last level
 _TAPER = {5: (1.0, 0.75, 0.5, 0.25, 0.1), 4: (1.0, 0.75, 0.5, 0.1), 3: (1.0, 0.75, 0.1), 2: (1.0, 0.1)}
@@ -114,16 +114,7 @@ def directly(key: tuple, function: Callable, *inputs: Tensor):
 
 
 def stream(
-    student: VideoDiT,
-    text: Tensor | dict[int, Tensor],
-    cfg: Config,
-    rngs: list[torch.Generator],
-    chunks: int | None = None,
-    exit: int | None = None,
-    grad_from: int | None = None,
-    cache: ListCache | RingCache | None = None,
-    past: tuple[Tensor, ...] = (),
-    call: Callable = directly,
+    student, text, cfg, rngs, chunks=None, exit=None, grad_from=None, cache=None, past=(), call=directly
 ) -> Iterator[Tensor]:
     """Yield one clean chunk (b chunk c h w) after another; for ever when `chunks` is None.
 
@@ -153,7 +144,7 @@ def stream(
         grid, shape = step_grid(cfg, index), (cfg.chunk, *cfg.latent_shape)
         grad = grad_from is not None and index >= grad_from
         own = [rng_for(s, len(past) + index) for s in seeds]
-        context, *noise = _chunk_noise(own, 1 + len(grid), shape, device)
+        context, *noise = (randn(own, *shape, device=device) for _ in range(1 + len(grid)))
         denoise = partial(denoise_chunk, given, cache, grid, exit, grad)
         x0, kv = call(("denoise", grid), denoise, *noise)
         x0 = x0.clone()  # the next replay of a graph writes where this one wrote
@@ -169,13 +160,8 @@ def _rebuild(given, kept, cache, rngs, cfg: Config) -> None:
     cache.reset()
     level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 1)[-1]}[cfg.context]
     for x0 in kept:
-        (noise,) = _chunk_noise(rngs, 1, x0.shape[1:], x0.device)
+        noise = randn(rngs, *x0.shape[1:], device=x0.device)
         cache.commit(context_kv(given, x0, noise, cache, level))
-
-
-def _chunk_noise(rngs, count: int, shape, device) -> list[Tensor]:
-    """`count` draws (b *shape), one after the other from each sample's generator."""
-    return [randn(rngs, *shape, device=device) for _ in range(count)]
 
 
 def rollout(student, text, cfg: Config, rngs, chunks=None, exit: int | None = None, grad=False) -> Tensor:

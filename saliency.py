@@ -24,10 +24,7 @@ def reward_saliency(reward, video01: Tensor, text: Tensor) -> tuple[Tensor, Tens
     with torch.enable_grad():
         video01 = video01.detach().requires_grad_()
         scores = reward(video01, text)
-        last = scores.shape[1] - 1
-        grads = [
-            torch.autograd.grad(r, video01, retain_graph=i < last)[0] for i, r in enumerate(scores.sum(0))
-        ]
+        grads = [torch.autograd.grad(r, video01, retain_graph=True)[0] for r in scores.sum(0)]
     saliency = torch.stack([reduce(g.abs(), "b f c h w -> b f h w", "sum") for g in grads], dim=1)
     return scores.detach(), saliency
 

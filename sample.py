@@ -9,6 +9,7 @@ frames). A prompt "...@48" takes over at frame 48: the cache is rebuilt with it,
 the meaning changes.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_weights, read_header, writable_folder, write_atomically
+from checkpoint import load_net, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import PRESETS, BadInput, Config, cli, from_words, read_cli
+from config import BadInput, Config, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
 from graphs import CudaGraphs
-from model import RingCache, VideoDiT
+from model import RingCache
 from plot import contact_sheet, to_uint8
 from processes import pick_device
 from rollout import directly, stream
@@ -49,19 +50,14 @@ class Flags:
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
-    if preset not in PRESETS:
-        raise BadInput(f"unknown preset {preset!r}; allowed: {' | '.join(PRESETS)}")
     out = check_output(flags)
     student_path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
     header = read_header(student_path)
     cfg = student_config(header, preset, typed, flags.steps)
-    student = load_weights(student_path, VideoDiT(cfg), cfg, header["kind"])
-    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-    codec_path = Path(flags.codec or student_path.with_name("codec.safetensors"))
-    codec = load_weights(codec_path, Codec(cfg), cfg, "codec").to(cfg.device)
-    given = start_from(flags.init, codec, cfg)
-    shown = 0 if given is None else given.shape[1]
-    texts = schedule(flags, cfg, header.get("vocabulary", "").split(), shown)
+    student = load_net(student_path, cfg, header["kind"]).to(torch.bfloat16 if cfg.bf16 else torch.float32)
+    codec = load_net(Path(flags.codec or student_path.with_name("codec.safetensors")), cfg, "codec")
+    past = start_from(flags.init, codec, cfg)
+    texts = schedule(flags, cfg, header.get("vocabulary", "").split(), len(past))
 
     seconds: list[float] = []
     first: list[Tensor] = []
@@ -69,30 +65,27 @@ def main() -> None:
     def frames() -> Iterator[np.ndarray]:
         """Decoded frames as they come, the given ones first."""
         left = flags.frames
-        for video01 in decoded(student, codec, texts, cfg, flags, given, seconds):
+        for video01 in decoded(student, codec, texts, cfg, flags, past, seconds):
+            video01 = video01[: max(0, left)]
             if not first or len(first[0]) < 16:
                 first[:] = [torch.cat([*first, video01])]
-            for frame in to_uint8(video01[:left]).numpy():
+            for frame in to_uint8(video01).numpy():
                 yield np.kron(frame, np.ones((zoom(cfg), zoom(cfg), 1), np.uint8))  # nearest neighbour
             left -= len(video01)
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
-    contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=2 * zoom(cfg) // 4 or 1)
+    contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=zoom(cfg) // 2 or 1)
     report(seconds, cfg, out, "CUDA graphs" if flags.graph and cfg.device != "cpu" else "eager")
 
 
-def decoded(
-    student, codec, texts, cfg: Config, flags: Flags, given: Tensor | None, seconds: list
-) -> Iterator[Tensor]:
-    """video01 (F 3 H W) chunk after chunk; notes the seconds each one took."""
-    past, decode = () if given is None else given.split(cfg.chunk, dim=1), codec.stream()
-    if given is not None:
-        yield decode(given)[0].float()
-    chunks = -(-(flags.frames - (0 if given is None else given.shape[1])) // cfg.chunk)
-    rngs = [rng_for(flags.seed, "sample", 0)]
+def decoded(student, codec, texts, cfg: Config, flags: Flags, past, seconds: list) -> Iterator[Tensor]:
+    """video01 (F 3 H W) chunk after chunk, the given ones first; notes the seconds each new one took."""
+    decode, rngs = codec.stream(), [rng_for(flags.seed, "sample", 0)]
+    chunks = max(0, math.ceil(flags.frames / cfg.chunk) - len(past))
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
     call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
     with torch.inference_mode():
+        yield from (decode(x)[0].float().cpu() for x in past)
         start = time.perf_counter()
         parts = stream(student, texts, cfg, rngs, chunks, cache=cache, past=past, call=call)
         for x in tqdm(parts, total=chunks, unit="chunk"):
@@ -128,8 +121,9 @@ def check_output(flags: Flags) -> Path:
 
 
 def schedule(flags: Flags, cfg: Config, vocabulary: list[str], given: int) -> dict[int, Tensor]:
-    """["A", "B@48"] → {chunk to be made: text (1 l e)}; `given` latent frames come first. Raises BadInput."""
-    texts, last, step = {}, given * cfg.time_stride, cfg.chunk * cfg.time_stride
+    """["A", "B@48"] → {chunk to be made: text (1 l e)}; `given` chunks come first. Raises BadInput."""
+    texts, step = {}, cfg.chunk * cfg.time_stride
+    last = given * step
     for i, prompt in enumerate(flags.prompt):
         prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", str(last))
         fine = bool(at) == bool(i) and frame.strip().isdigit() and int(frame) % step == 0
@@ -139,21 +133,20 @@ def schedule(flags: Flags, cfg: Config, vocabulary: list[str], given: int) -> di
             raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed} {between}")
         last = int(frame)
         words = understand(prompt, cfg, vocabulary)
-        text = tokenize([words], cfg.text_length, cfg.text_width).to(cfg.device)
-        texts[last // step - given // cfg.chunk] = text
+        texts[last // step - given] = tokenize([words], cfg.text_length, cfg.text_width).to(cfg.device)
     return texts
 
 
 @torch.no_grad()
-def start_from(path: str, codec: Codec, cfg: Config) -> Tensor | None:
-    """A clip's last frames, or a picture held for a chunk → latents (1 f c h w), f in whole chunks."""
+def start_from(path: str, codec: Codec, cfg: Config) -> tuple[Tensor, ...]:
+    """A clip's last frames, or a picture held for a chunk → latents (1 chunk c h w), chunk after chunk."""
     if not path:
-        return None
+        return ()
     video = read_clip(Path(path), cfg)
     if len(video) < cfg.chunk:
         video = torch.cat([video, video[-1:].expand(cfg.chunk - len(video), -1, -1, -1)])
     count = min(len(video) // cfg.chunk, cfg.cached_chunks) * cfg.chunk
-    return codec.encode(video[None, -count:].to(cfg.device).float() / 255)
+    return codec.encode(video[None, -count:].to(cfg.device).float() / 255).split(cfg.chunk, dim=1)
 
 
 def zoom(cfg: Config) -> int:

@@ -25,17 +25,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import checkpoint
 import processes
-from checkpoint import (
-    load_state,
-    load_weights,
-    refuse_to_overwrite,
-    save_state,
-    save_weights,
-    stop_on_signal,
-    writable_folder,
-    write_atomically,
-)
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
 from data import ClipFolder, World, caption, randn, rng_for, source_of, tokenize
@@ -65,6 +56,7 @@ class Run:
 
     cfg: Config
     out: Path
+    origin: dict[str, str]  # what a resumed run has to have begun from as well
     rank: int
     world: int
     codec: Codec
@@ -81,18 +73,12 @@ class Run:
     best: float = -1.0
     bad: int = 0
 
-    def samples(self, micro: int) -> range:
-        """This process' share of the global batch."""
-        per = self.cfg.batch // (self.world * self.cfg.accumulate)
-        first = (micro * self.world + self.rank) * per
-        return range(first, first + per)
-
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
     rank, world, device = processes.start(cfg)
     run = prepare(replace(cfg, device=device), flags, rank, world)
-    stop, cfg = stop_on_signal(), run.cfg
+    stop, cfg = checkpoint.stop_on_signal(), run.cfg
     ahead = range(run.step, cfg.steps)
     bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0)
     if run.step == 0:
@@ -112,7 +98,7 @@ def main() -> None:
         if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
             stats |= select(run)
         log(run, stats, bar)
-        stopping = processes.any_of(bool(stop))
+        stopping = processes.any_of(bool(stop), cfg.device)
         if run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping:
             save(run)
         if stopping:
@@ -129,8 +115,6 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
         with processes.autocast(cfg):
             x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
-        if not x.isfinite().all():
-            x, rngs = without_broken(run, x, text, chunks, exit, ("student", step), micro)
         # 2. how far to trust the teacher on this rollout, and where
         w, stats = weigh(run, x.detach(), text)
         # 3. what would make it more like the teacher's videos
@@ -149,21 +133,6 @@ def update_student(run: Run, step: int) -> dict[str, float]:
     stats["grad_norm"] = update(run.student, run.student_opt, cfg)
     run.ema.update_parameters(run.student)
     return stats
-
-
-def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, key: tuple, micro: int):
-    """Roll the finite samples of x (b f c h w) out again by themselves → x, generators.
-
-    A NaN inside the graph would reach every weight, even multiplied by zero.
-    """
-    sane = x.isfinite().flatten(1).all(1)
-    rngs, _ = draw(run, *key, micro=micro)
-    x = x.detach().clone()
-    if sane.any():
-        kept = [g for g, ok in zip(rngs, sane.tolist(), strict=True) if ok]
-        with processes.autocast(run.cfg):
-            x[sane] = rollout(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
-    return x, rngs
 
 
 def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
@@ -243,15 +212,15 @@ def give_up_if_broken(run: Run, stats: dict[str, float]) -> None:
 
 def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], Tensor]:
     """This process' generators and captions (b l e) of a micro-batch; a group of rollouts shares one."""
-    cfg, ids = run.cfg, run.samples(micro)
+    cfg = run.cfg
+    per = cfg.batch // (run.world * cfg.accumulate)  # this process' share of the global batch
+    ids = range((micro * run.world + run.rank) * per, (micro * run.world + run.rank + 1) * per)
     words = run.source.captions([(cfg.seed, *key, i // cfg.group) for i in ids])
     text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
     return [rng_for(cfg.seed, *key, i) for i in ids], text
 
 
 # -- looking at it ----------------------------------------
-
-
 def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, list[str]]:
     """Rollouts for prompts of the `select` split, always the same prompts and noise → video01, prompts."""
     cfg = run.cfg
@@ -282,7 +251,7 @@ def select(run: Run) -> dict[str, float]:
         run.best = score
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
         facts["vocabulary"] = " ".join(run.source.vocabulary)
-        save_weights(run.out / "student.safetensors", run.ema.module, run.cfg, "student", **facts)
+        checkpoint.save_weights(run.out / "student.safetensors", run.ema.module, run.cfg, "student", **facts)
     return stats
 
 
@@ -303,24 +272,24 @@ def log(run: Run, stats: dict, bar) -> None:
 
 
 # -- starting, saving, ending ----------------------------------------
-
-
 def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
-    out, nets = writable_folder(flags.out), Path(flags.nets or f"assets/{cfg.preset}")
-    state = load_state(out, cfg, FREE) if flags.resume else refuse_to_overwrite(out)
+    out, nets = checkpoint.writable_folder(flags.out), Path(flags.nets or f"assets/{cfg.preset}")
+    state, begun_from = checkpoint.load_state(out, cfg, FREE, flags.resume), checkpoint.fingerprint(nets)
+    if state and (state["begun_from"], state["start"]) != (begun_from, flags.start):
+        raise BadInput(f"--resume: {out} began from other weights than those of --nets={nets} and --start")
     weighted = cfg.beta or cfg.space or cfg.time or cfg.tilt
-    codec = load_weights(nets / "codec.safetensors", Codec(cfg), cfg, "codec").requires_grad_(False)
-    teacher = load_weights(nets / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").requires_grad_(False)
-    reward = RewardModel(cfg) if weighted else None
-    if reward is not None:
-        load_weights(nets / "reward.safetensors", reward, cfg, "reward").requires_grad_(False).to(cfg.device)
-    start = Path(flags.start or nets / "causal.safetensors")
-    student = load_weights(start, VideoDiT(cfg), cfg, "causal").to(cfg.device)
-    critic = load_weights(nets / "teacher.safetensors", VideoDiT(cfg), cfg, "teacher").to(cfg.device)
+
+    def made(kind: str, start: str = "") -> nn.Module:
+        return checkpoint.load_net(start or nets / f"{kind}.safetensors", cfg, kind)
+
+    codec, teacher = (made(kind).requires_grad_(False) for kind in ("codec", "teacher"))
+    reward = made("reward").requires_grad_(False) if weighted else None
+    student, critic = made("causal", flags.start), made("teacher")
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
     run = Run(
-        cfg, out, rank, world, codec.to(cfg.device), teacher.to(cfg.device), reward, source_of(cfg),
+        cfg, out, {"begun_from": begun_from, "start": flags.start}, rank, world, codec, teacher, reward,
+        source_of(cfg),
         student, critic, AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)),
         torch.optim.AdamW(student.parameters(), lr=cfg.lr, **adam),
         torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam),
@@ -333,12 +302,12 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     if rank == 0:
         facts = {"torch": torch.__version__, "world": world, "nets": str(nets)}
         text = json.dumps(asdict(cfg) | facts, indent=1)
-        write_atomically(out / "config.json", lambda name: name.write_text(text))
+        checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
         metrics = out / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if state and metrics.exists() else []
         lines = [line for line in lines if line.endswith("}")]  # a kill can cut the last one short
         kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.step)
-        write_atomically(metrics, lambda name: name.write_text(kept))
+        checkpoint.write_atomically(metrics, lambda name: name.write_text(kept))
     return run
 
 
@@ -348,7 +317,8 @@ _STATE = ("student", "critic", "ema", "student_opt", "critic_opt", "balancer")
 def save(run: Run) -> None:
     if run.rank == 0:
         state = {name: getattr(run, name).state_dict() for name in _STATE}
-        save_state(run.out, run.step, state | {"config": asdict(run.cfg), "best": run.best})
+        facts = {"config": asdict(run.cfg), "best": run.best} | run.origin
+        checkpoint.save_state(run.out, run.step, state | facts)
 
 
 def restore(run: Run, state: dict) -> None:
@@ -362,7 +332,7 @@ def finish(run: Run, flags: Flags) -> None:
         print(f"stopped after step {run.step}; --resume goes on from there", flush=True)
     elif run.rank == 0:
         path = run.out / "student.safetensors"
-        sheet(run, "after", load_weights(path, run.ema.module, run.cfg, "student"))
+        sheet(run, "after", checkpoint.load_net(path, run.cfg, "student"))
         print(f"student {path} (held-out score {run.best:.3f}), sheets {run.out}/*.png", flush=True)
     processes.stop()
 

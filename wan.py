@@ -13,22 +13,21 @@ Every tensor has to find its place and every place its tensor. Only tensors are 
 
 import hashlib
 import html
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from checkpoint import writable_folder, write_atomically
+from checkpoint import fit, writable_folder, write_atomically
 from config import BadInput
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
-_PREFIXES = ("model.diffusion_model.", "model.", "_fsdp_wrapped_module.", "module.")
+_WRAPPERS = r"^((model|diffusion_model|module|_fsdp_wrapped_module)\.)+|\b_(fsdp|checkpoint)_wrapped_module\."
 _EMBEDDERS = {
     "text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
     "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2",
@@ -65,37 +64,25 @@ def load_wan(path: str | Path, net: nn.Module) -> nn.Module:
 
     Raises BadInput when a file is missing or unreadable, or does not fit.
     """
-    path = Path(path)
-    tensors = read_tensors(path)
+    tensors = read_tensors(Path(path))
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = {rename(name, to_diffusers=False): x for name, x in tensors.items()}
-    wanted = {name: tuple(p.shape) for name, p in net.state_dict().items()}
-    found = {name: tuple(x.shape) for name, x in tensors.items()}
-    for what, names in (
-        ("lacks", wanted.keys() - found.keys()), ("has too much:", found.keys() - wanted.keys()),
-        ("has other shapes:", {k for k in wanted.keys() & found.keys() if wanted[k] != found[k]}),
-    ):  # fmt: skip
-        if names:
-            few = ", ".join(f"{n} {found.get(n, wanted.get(n))}" for n in sorted(names)[:3])
-            raise BadInput(f"{path} {what} {few}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
-    meta = any(p.is_meta for p in net.parameters())
-    net.load_state_dict(tensors, assign=meta)
-    return net.eval()
+    return fit(net, tensors, path, assign=next(net.parameters()).is_meta)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A file, or the transformer in a folder → {name: tensor}, names without wrappers. Raises BadInput."""
     if path.is_dir():
         inner = path / "transformer" if (path / "transformer").is_dir() else path
-        return {k: v for part in shards(inner) for k, v in read_tensors(part).items()}
+        parts = sorted(inner.glob("diffusion_pytorch_model*.safetensors"))
+        if not parts:
+            raise BadInput(f"{inner} lacks weights; expected: diffusion_pytorch_model*.safetensors")
+        return {k: v for part in parts for k, v in read_tensors(part).items()}
     if not path.is_file():
         raise BadInput(f"no weights at {path}")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        safe = path.suffix == ".safetensors"
+        tensors = load_file(path) if safe else torch.load(path, "cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch and safetensors raise half a dozen kinds for a file that is not theirs
         raise BadInput(f"{path} cannot be read as tensors ({type(error).__name__})") from error
     for name in _INSIDE:
@@ -103,33 +90,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = tensors[name]
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise BadInput(f"{path} holds no network; looked for tensors, also inside {' '.join(_INSIDE)}")
-    return {_bare(name): x for name, x in tensors.items()}
-
-
-def _bare(name: str) -> str:
-    while any(name.startswith(prefix) for prefix in _PREFIXES):
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-    return name.replace("._fsdp_wrapped_module.", ".").replace("._checkpoint_wrapped_module.", ".")
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, all that its index names. Raises BadInput when one is missing."""
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    if index.is_file():
-        parts = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        parts = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing or not parts:
-        allowed = "diffusion_pytorch_model*.safetensors, alone or in transformer/"
-        raise BadInput(f"{folder} lacks {missing[0] if missing else 'weights'}; expected: {allowed}")
-    return parts
+    return {re.sub(_WRAPPERS, "", name): x for name, x in tensors.items()}
 
 
 # -- the video codec ----------------------------------------
-
-
 class WanCodec(nn.Module):
     """Wan2.1's causal VAE behind `Codec`'s interface: pixels (b F 3 H W) in [0, 1], F = 1 + 4 k, ↔ latents
     (b f 16 H/8 W/8), f = 1 + k, standardised per channel with Wan's own means and deviations.
@@ -150,9 +114,8 @@ class WanCodec(nn.Module):
         """The posterior's mode, as Wan takes it. Raises ValueError unless F = 1 + 4 k and within [0, 1]."""
         low, high = video01.aminmax()
         if low < -1e-3 or high > 1 + 1e-3 or video01.shape[1] % 4 != 1:
-            raise ValueError(
-                f"{video01.shape[1]} frames within [{low:.3f}, {high:.3f}]; needed: 1 + 4 k in [0, 1]"
-            )
+            what = f"{video01.shape[1]} frames within [{low:.3f}, {high:.3f}]"
+            raise ValueError(f"{what}; needed: 1 + 4 k in [0, 1]")
         z = self.vae.encode(rearrange(video01, "b f c h w -> b c f h w") * 2 - 1).latent_dist.mode()
         return (rearrange(z, "b c f h w -> b f c h w") - self.mean) / self.std
 
@@ -199,18 +162,10 @@ def load_vae(path: str | Path) -> WanCodec:
             return WanCodec(AutoencoderKLWan.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError, RuntimeError) as error:
             raise BadInput(f"{folder} holds no Wan VAE: {str(error).splitlines()[0]}") from error
-    tensors = convert_wan_vae_to_diffusers(read_tensors(path))
-    try:
-        vae = AutoencoderKLWan()
-        vae.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BadInput(f"{path} is no Wan2.1 VAE: {str(error).splitlines()[1].strip()}") from error
-    return WanCodec(vae)
+    return WanCodec(fit(AutoencoderKLWan(), convert_wan_vae_to_diffusers(read_tensors(path)), path))
 
 
 # -- text ----------------------------------------
-
-
 class WanText:
     """Prompts → (b 512 4096): umT5's states, zero after the prompt's end, as Wan was trained on them.
 
@@ -259,8 +214,6 @@ def load_text(path: str | Path, cache: str | Path = "") -> WanText:
 
 
 # -- saving ----------------------------------------
-
-
 def save_wan(path: Path, net: nn.Module, diffusers: bool = False) -> None:
     """The network as safetensors, under Wan's original names or diffusers', for other people's code."""
     tensors = {k: v.contiguous().cpu() for k, v in net.state_dict().items()}

@@ -37,3 +37,12 @@ def build() -> Callable[[Config], VideoDiT]:
 @pytest.fixture
 def model(tiny, build) -> VideoDiT:
     return build(tiny)
+
+
+def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> torch.Tensor:
+    """(f f) bool, row sees column: own chunk and the past, of it the first `sink` chunks and the latest ones,
+    `window` chunks in all."""
+    block = torch.arange(frames) // chunk
+    query, key = block[:, None], block[None, :]
+    near = key > query - window + sink if window else torch.ones(frames, frames, dtype=torch.bool)
+    return (key <= query) & (near | (key < sink))

@@ -89,7 +89,7 @@ def test_bare_booleans():
         (["--bf16=maybe"], ["--bf16", "'maybe'"]),
         (["--steps"], ["--steps", "expected one argument"]),
         (["--steps=0"], ["steps=0", "positive"]),
-        (["--beta=-1"], ["beta=-1", "zero or more"]),
+        (["--beta=-1"], ["beta=-1", "positive number or zero"]),
         (["--lr=nan"], ["lr=nan", "positive"]),
         (["--taper=543"], ["taper=543", "uniform | 5432 | 432 | first"]),
         (["--context=dirty"], ["context=dirty", "clean | noisy | none"]),
@@ -139,7 +139,7 @@ def test_bad_input_ends_a_script(monkeypatch, capsys):
 
 @dataclass(frozen=True)
 class Flags:
-    out: str
+    out: str = ""
     prompt: list[str] = dataclasses.field(default_factory=list)
     steps: int = 25
 
@@ -149,7 +149,6 @@ def test_flags_of_a_script():
     cfg, flags = from_cli(["--out=here", "--prompt=a", "--prompt=b", "--steps=9", "--seed=4"], Flags)
     assert flags == Flags("here", ["a", "b"], 9)
     assert cfg == replace(PRESETS["tiny"], seed=4)
-    assert "--out" in refusal(from_cli, [], Flags)
 
 
 def test_config_is_frozen():

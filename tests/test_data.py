@@ -199,7 +199,7 @@ def test_objects_do_what_the_caption_says(cfg):
     for words, step in zip(batch.words, steps(batch.position, cfg), strict=True):
         for i in range(cfg.objects):
             _, _, motion, speed = words[4 * i : 4 * i + 4]
-            pace, ahead = SPEEDS.get(speed, 0.0) * cfg.height / 32, torch.tensor(MOTIONS[motion])
+            pace, ahead = SPEEDS.get(speed, 0.0) * cfg.height / 32, torch.tensor(MOTIONS[motion]).float()
             torch.testing.assert_close(step[i] @ ahead, torch.full((47,), pace), atol=1e-3, rtol=0)
             aside = step[i] @ ahead.flip(0)
             assert (torch.minimum(aside.abs(), (aside.abs() - WEAVE * pace).abs()) < 1e-3).all()

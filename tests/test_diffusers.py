@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import block_causal
 
-from model import ListCache, RingCache, block_causal
+from model import ListCache, RingCache
 
 pytest.importorskip("diffusers")
 from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel  # noqa: E402

@@ -7,24 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import block_causal
 from einops import rearrange
 from torch import nn
 
 import rollout as rollout_module
 from config import PRESETS
 from data import rng_for
-from model import (
-    ListCache,
-    RingCache,
-    Rope,
-    VideoDiT,
-    add_noise,
-    block_causal,
-    rotate,
-    shift_time,
-    teacher_forcing,
-    to_x0,
-)
+from model import ListCache, RingCache, Rope, VideoDiT, add_noise, rotate, shift_time, teacher_forcing, to_x0
 from rollout import rollout, stream
 
 SINKS = {

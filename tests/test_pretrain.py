@@ -35,12 +35,12 @@ def test_an_interrupted_stage_ends_in_the_same_bits(monkeypatch, tmp_path):
             self.asked += 1
             return self.asked >= 3
 
-    monkeypatch.setattr(pretrain, "stop_on_signal", Two)
+    monkeypatch.setattr(pretrain.checkpoint, "stop_on_signal", Two)
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}")
     assert stopped.value.code == 0
     assert not (parts / "codec.safetensors").exists()
-    monkeypatch.setattr(pretrain, "stop_on_signal", list)
+    monkeypatch.setattr(pretrain.checkpoint, "stop_on_signal", list)
     call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}", "--resume")
     one, two = (
         torch.load(d / "codec-state" / "step_000004.pt", weights_only=True)

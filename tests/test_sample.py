@@ -117,7 +117,7 @@ def test_bad_input_is_one_line_and_exit_code_2(call, capsys, name):
 
 
 def test_unwritable_output_fails_before_the_work(call, monkeypatch):
-    monkeypatch.setattr(sample, "load_weights", lambda *a: pytest.fail("weights were loaded first"))
+    monkeypatch.setattr(sample, "load_net", lambda *a: pytest.fail("weights were loaded first"))
     with pytest.raises(SystemExit):
         call("--out=/proc/none/clip.mp4")
 
@@ -126,7 +126,7 @@ def test_streams_without_keeping_the_past(nets):  # noqa: F811
     """30 chunks: the cache does not grow (for latents kept beside it see test_a_stream_does_not_grow)."""
     header = sample.read_header(nets / "stream_r1.safetensors")
     cfg = sample.student_config(header, "tiny", {"device": "cpu"}, 0)
-    student = sample.load_weights(nets / "stream_r1.safetensors", sample.VideoDiT(cfg), cfg, "student")
+    student = sample.load_net(nets / "stream_r1.safetensors", cfg, "student")
     from model import ListCache
 
     cache = ListCache(student, cfg)

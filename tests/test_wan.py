@@ -121,10 +121,14 @@ def test_what_does_not_fit(cfg, ours, tmp_path):
             load_wan(tmp_path / "x.safetensors", VideoDiT(cfg))
         assert "\n" not in str(error.value)
 
-    refused(lambda s: s.pop("head.head.bias"), "lacks head.head.bias")
-    refused(lambda s: s.update({"img_emb.proj.0.weight": torch.zeros(2)}), "too much: img_emb.proj.0.weight")
-    refused(lambda s: s.update({"head.head.bias": torch.zeros(3)}), r"other shapes: head.head.bias \(3,\)")
-    with pytest.raises(BadInput, match="and 51 more"):
+    refused(lambda s: s.pop("head.head.bias"), "Missing key.*head.head.bias")
+    refused(
+        lambda s: s.update({"img_emb.proj.0.weight": torch.zeros(2)}), "Unexpected key.*img_emb.proj.0.weight"
+    )
+    refused(
+        lambda s: s.update({"head.head.bias": torch.zeros(3)}), r"size mismatch for head.head.bias.*\[3\]"
+    )
+    with pytest.raises(BadInput, match="blocks.2.modulation"):
         load_wan(tmp_path / "x.safetensors", VideoDiT(replace(cfg, layers=4)))
 
 
@@ -147,7 +151,7 @@ def test_unreadable(cfg, tmp_path):
     theirs(cfg).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     lost = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     shutil.move(lost, tmp_path / "elsewhere")
-    refused(tmp_path / "sharded", f"lacks {lost.name}")
+    refused(tmp_path / "sharded", "Missing key")
 
 
 # -- the video codec ----------------------------------------
@@ -209,7 +213,7 @@ def test_codec_refuses(vae, video01, tmp_path):
     with pytest.raises(BadInput, match="no Wan VAE"):
         load_vae(tmp_path)
     torch.save({"decoder.x": torch.zeros(2)}, tmp_path / "Wan2.1_VAE.pth")
-    with pytest.raises(BadInput, match="is no Wan2.1 VAE"):
+    with pytest.raises(BadInput, match="does not fit"):
         load_vae(tmp_path / "Wan2.1_VAE.pth")
 
 
