@@ -267,37 +267,46 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
 
     Failed runs are counted, not averaged. Of many intervals one in twenty excludes zero by chance.
     """
-    good = {row: {s: f for s, f in runs.items() if "failed" not in f} for row, runs in table.items()}
     heads = [f"{name}{f' x{FAR}' if view == 'beyond' else ''}" for name, view in COLUMNS]
     lines = ["| row | n | " + " | ".join(heads) + " | ess | forwards |", "|---" * (len(heads) + 4) + "|"]
-    for row, runs in good.items():
+    for row in table:
+        runs = finished(table, row)
         n = f"{len(runs)}" + (f" ({lost} failed)" if (lost := len(table[row]) - len(runs)) else "")
         if not runs:
             lines.append(f"| {row} | {n} |" + " |" * (len(heads) + 2))
             continue
-        control = good.get(reference(row), {}) if row != reference(row) else {}
-        cells = [_cell(runs, control, view, name) for name, view in COLUMNS]
+        gained = gains(table, row, COLUMNS)
+        cells = []
+        for name, view in COLUMNS:
+            mean, half = interval([mean_of(found, view, name) for found in runs.values()])
+            paired = " ({:+.3f} ± {:.3f})".format(*interval(gained[name, view])) if gained else ""
+            cells.append(f"{mean:.3f} ± {half:.3f}{paired}")
         ess = [found["training"]["ess"] for found in runs.values() if "ess" in found["training"]]
         cells += [f"{sum(ess) / len(ess):.2f}" if ess else "", str(next(iter(runs.values()))["forwards"])]
         lines.append(f"| {row} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(runs: dict[int, dict], control: dict[int, dict], view: str, name: str) -> str:
-    mean, half = interval([mean_of(found, view, name) for found in runs.values()])
-    shared = sorted(runs.keys() & control.keys())
-    if not shared:
-        return f"{mean:.3f} ± {half:.3f}"
-    gains = [mean_of(runs[s], view, name) - mean_of(control[s], view, name) for s in shared]
-    return "{:.3f} ± {:.3f} ({:+.3f} ± {:.3f})".format(mean, half, *interval(gains))
+def finished(table: dict[str, dict[int, dict]], row: str) -> dict[int, dict]:
+    return {seed: found for seed, found in table.get(row, {}).items() if "failed" not in found}
+
+
+def gains(table: dict[str, dict[int, dict]], row: str, columns) -> dict[tuple, list[float]]:
+    """{(measure, view): a row minus its control, seed by seed}; empty where no seed has both."""
+    runs, control = finished(table, row), finished(table, reference(row))
+    shared = sorted(runs.keys() & control.keys()) if row != reference(row) else []
+    return {
+        (name, view): [mean_of(runs[s], view, name) - mean_of(control[s], view, name) for s in shared]
+        for name, view in columns if shared
+    }  # fmt: skip
 
 
 def crossed(table: dict[str, dict[int, dict]], name: str = "contrast_drift") -> str:
     """Rows: the context noise in training. Columns: in sampling. Mean size of the drift over seeds."""
     lines = [f"| {name}, trained with | " + " | ".join(f"sampled {t}" for t in CONTEXTS) + " |"]
     lines.append("|---" * (len(CONTEXTS) + 1) + "|")
-    for row, runs in table.items():
-        found = [f for f in runs.values() if "failed" not in f]
+    for row in table:
+        found = list(finished(table, row).values())
         if found and (row == BASE or row.startswith("context-")):
             views = [f"beyond, sampled with context {t}" for t in CONTEXTS]
             cells = ["{:.3f} ± {:.3f}".format(*interval([mean_of(f, v, name) for f in found])) for v in views]

@@ -2,6 +2,8 @@
 
 python plot.py curves --run=out/train              metrics.jsonl → out/train/curves.png
 python plot.py saliency --prompt "a red circle moving left slowly"      → out/saliency.png
+python plot.py table --results=results             what evaluate.py table has measured → out/table.png
+python plot.py methods --runs=out/table            what its students draw, early and late → out/methods.png
 """
 
 import json
@@ -13,11 +15,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+import compare
 from checkpoint import load_net, read_header, writable_folder, write_atomically
 from config import BadInput, Config, cli, from_words, read_cli
 from data import rng_for, tokenize, understand
 from reward import AXES, RewardModel
-from rollout import rollout
+from rollout import rollout, stream
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 
 
@@ -101,6 +104,57 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
     contact_sheet(path, rows)
 
 
+# -- the comparison ----------------------------------------
+PANELS = [(axis, view) for view in ("within", "beyond") for axis in ("looks", "motion", "text")]
+
+
+def forest(path: Path, table: dict[str, dict[int, dict]]) -> None:
+    """Per row and measure: every seed's difference from the row's control (ticks), their mean and its 95 %
+    interval; the grey line is no difference, the numbers are the panel's ends."""
+    rows = {row: compare.gains(table, row, PANELS) for row in table if row != compare.reference(row)}
+    rows = {row: found for row, found in rows.items() if found}
+    label, w, h, top = 190, 130, 18, 34
+    image = Image.new("RGB", (label + w * len(PANELS), top + h * len(rows) + 4), "white")
+    draw = ImageDraw.Draw(image)
+    for p, (axis, view) in enumerate(PANELS):
+        reach = max(abs(gain) for found in rows.values() for gain in found[axis, view]) * 1.2 or 1.0
+        middle, half = label + p * w + w / 2, w / 2 - 8
+        draw.text((middle - half, 2), axis if view == "within" else f"{axis}, {compare.FAR}x length", "black")
+        draw.text((middle - half, 16), f"-{reach:.3f}", "grey")
+        draw.text((middle + half - 38, 16), f"+{reach:.3f}", "grey")
+        draw.line((middle, top, middle, image.height), "lightgrey")
+        for r, found in enumerate(rows.values()):
+            y, gains = top + r * h + h / 2, found[axis, view]
+            mean, wide = compare.interval(gains)
+            colour = "grey" if not abs(mean) > wide else (200, 40, 30) if mean < 0 else (20, 110, 60)
+            for gain in gains:
+                x = middle + gain / reach * half
+                draw.line((x, y - 5, x, y + 5), "lightgrey")
+            ends = [middle + max(-1, min(1, z / reach)) * half for z in (mean - wide, mean + wide) if z == z]
+            draw.line([(x, y) for x in ends], colour, 2)
+            x = middle + mean / reach * half
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+    for r, (row, found) in enumerate(rows.items()):
+        draw.text((2, top + r * h + 3), f"{row} (n={len(found[PANELS[0]])})", "black")
+    write_atomically(path, lambda name: image.save(name))
+
+
+@torch.no_grad()
+def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, seed: int) -> None:
+    """A row a student: every second frame of the first clip's worth of a stream, and of the last, on the same
+    prompt and noise."""
+    rows = {}
+    for student in students:
+        cfg = from_words(read_header(student)["config"], {"device": "cpu"})
+        text = tokenize([understand(prompt, cfg, [])], cfg.text_length, cfg.text_width)
+        rngs, codec = [rng_for(seed, "methods")], load_net(nets / "codec.safetensors", cfg, "codec")
+        chunks = list(stream(load_net(student, cfg, "student"), text, cfg, rngs, compare.FAR * cfg.chunks))
+        ends = torch.cat([*chunks[: cfg.chunks], *chunks[-cfg.chunks :]], dim=1)
+        when = f"the first {cfg.frames} frames, and the last of {compare.FAR * cfg.frames}"
+        rows[f"{student.parent.name}: {when}"] = codec.decode(ends)[0]
+    contact_sheet(path, rows, every=2)
+
+
 @dataclass(frozen=True)
 class Flags:
     run: str = "out/train"
@@ -108,6 +162,9 @@ class Flags:
     nets: str = "assets/tiny"
     seed: int = 0
     out: str = "out"
+    results: str = "results"
+    runs: str = "out/table"
+    methods: str = ""  # rows of compare.py, comma-separated; default all there are
 
 
 def main() -> None:
@@ -127,8 +184,22 @@ def main() -> None:
             video01 = codec.decode(rollout(student, text, cfg, [rng_for(flags.seed, "saliency")]))
         saliency_sheet(out / "saliency.png", video01, text, reward, cfg)
         print(out / "saliency.png")
+    elif what == "table":
+        out = writable_folder(flags.out) / "table.png"
+        table = compare.load_results(Path(flags.results), compare.rows_named(flags.methods, {}))
+        if not any(compare.gains(table, row, PANELS) for row in table if row != compare.reference(row)):
+            raise BadInput(f"--results={flags.results} holds no row together with its control")
+        forest(out, table)
+        print(out)
+    elif what == "methods":
+        names = compare.rows_named(flags.methods, {})
+        students = [Path(flags.runs) / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
+        students = [path for path in students if path.is_file() or flags.methods]
+        out = writable_folder(flags.out) / "methods.png"
+        methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
+        print(out)
     else:
-        raise BadInput(f"plot.py {what} is not possible; allowed: curves | saliency")
+        raise BadInput(f"plot.py {what} is not possible; allowed: curves | saliency | table | methods")
 
 
 if __name__ == "__main__":

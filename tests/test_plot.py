@@ -1,6 +1,7 @@
 """plot.py: what a picture shows is where it should be."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from test_train import nets  # noqa: F401  (a fixture)
 
+import compare
 import plot
 from config import cli
 
@@ -66,3 +68,48 @@ def test_bad_input(monkeypatch, capsys, argv, needle):
         call(monkeypatch, *argv)
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and len(error.splitlines()) == 1 and needle in error, error
+
+
+def results(folder, gain: dict[str, float]):
+    """Two seeds of a control and of each row, which is `gain` better in every measure."""
+    folder.mkdir()
+    for row, more in {"windowed": 0.0, **gain}.items():
+        for seed in (0, 1):
+            views = {view: {name: [0.5 + 0.1 * seed + more] for name, _ in compare.COLUMNS}
+                     for view in ("within", "beyond")}  # fmt: skip
+            found = {"row": row, "seed": seed, "views": views, "training": {}, "forwards": 35}
+            asked = compare.asked_for(compare.ROWS[row] | {"seed": seed}, "nets", 1)
+            (folder / f"{row}-{seed}.json").write_text(json.dumps(found | {"asked": asked}))
+
+
+def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch):
+    """Catches differences that are not paired (seeds differ by .1, rows by .05), signs and rows mixed up."""
+    results(tmp_path / "results", {"tilted": 0.05, "diagonal": -0.05})
+    call(monkeypatch, "table", f"--results={tmp_path}/results", f"--out={tmp_path}")
+    image = pixels(tmp_path / "table.png").astype(int)
+    green = (image[..., 1] > image[..., 0] + 60).nonzero()
+    red = (image[..., 0] > image[..., 1] + 60).nonzero()
+    middles = 190 + 130 * np.arange(6) + 65
+    assert len(green[0]) and len(red[0])
+    assert (green[1] > middles[np.abs(green[1][:, None] - middles).argmin(1)]).all()
+    assert (red[1] < middles[np.abs(red[1][:, None] - middles).argmin(1)]).all()
+    order = [row for row in compare.ROWS if row in ("tilted", "diagonal")]
+    assert (green[0].mean() < red[0].mean()) == (order[0] == "tilted")
+
+
+def test_methods_sheet(nets, tmp_path, monkeypatch):  # noqa: F811
+    """A row a student, half of the first clip's frames and half of the last one's."""
+    for name in ("windowed-0", "tilted-0"):
+        (tmp_path / name).mkdir()
+        shutil.copy(nets / "stream_r1.safetensors", tmp_path / name / "student.safetensors")
+    call(monkeypatch, "methods", f"--runs={tmp_path}", f"--nets={nets}", f"--out={tmp_path}")
+    sheet = pixels(tmp_path / "methods.png")
+    assert sheet.shape == (2 * (64 + 14 + 2), 16 * (64 + 2), 3)
+    top, bottom = sheet[14 : 14 + 64], sheet[94 : 94 + 64]
+    assert np.array_equal(top, bottom), "the same weights, prompt and noise"
+
+
+def test_no_results(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "table", f"--results={tmp_path}/none", f"--out={tmp_path}")
+    assert stopped.value.code == 2 and "--results" in capsys.readouterr().err
