@@ -115,6 +115,8 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
         with processes.autocast(cfg):
             x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
+        if not x.isfinite().all():
+            x, rngs = without_broken(run, x, text, chunks, exit, ("student", step), micro)
         # 2. how far to trust the teacher on this rollout, and where
         w, stats = weigh(run, x.detach(), text)
         # 3. what would make it more like the teacher's videos
@@ -124,8 +126,9 @@ def update_student(run: Run, step: int) -> dict[str, float]:
             g, finite = dmd_gradient(x, text, torch.zeros_like(text[:1]), run.teacher, run.critic, t, noise,
                                      cfg.guidance, cfg.motion)  # fmt: skip
         w = w.expand(len(x), -1, -1, -1, -1)
-        loss = dmd_loss(x[finite], g[finite], w[finite]) if finite.any() else 0 * x.nan_to_num().sum()
-        (loss * finite.float().mean() / cfg.accumulate).backward()
+        if finite.any():
+            loss = dmd_loss(x[finite], g[finite], w[finite]) * finite.float().mean()
+            (loss / cfg.accumulate).backward()
         stats |= {"dmd": g.abs().mean(), "exit": exit, "frames": chunks * cfg.chunk}
         stats["dropped"] = (~finite).sum() * run.world * cfg.accumulate
         total = {k: total.get(k, 0.0) + float(v) / cfg.accumulate for k, v in stats.items()}
@@ -133,6 +136,21 @@ def update_student(run: Run, step: int) -> dict[str, float]:
     stats["grad_norm"] = update(run.student, run.student_opt, cfg)
     run.ema.update_parameters(run.student)
     return stats
+
+
+def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, key: tuple, micro: int):
+    """Roll the finite samples of x (b f c h w) out again by themselves → x, generators.
+
+    A NaN inside the graph would reach every weight, even multiplied by zero.
+    """
+    sane = x.isfinite().flatten(1).all(1)
+    rngs, _ = draw(run, *key, micro=micro)
+    x = x.detach().clone()
+    if sane.any():
+        kept = [g for g, ok in zip(rngs, sane.tolist(), strict=True) if ok]
+        with processes.autocast(run.cfg):
+            x[sane] = rollout(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
+    return x, rngs
 
 
 def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
@@ -173,7 +191,8 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
             finite = x.isfinite().flatten(1).all(1)
             losses = critic_loss(run.critic, x[finite], text[finite], t[finite], noise[finite])
         loss = (critic_weight(run, x, text)[finite] * losses).sum() / len(x)
-        (loss / cfg.accumulate).backward()
+        if finite.any():
+            (loss / cfg.accumulate).backward()
         total, dropped = total + loss.detach() / cfg.accumulate, dropped + (~finite).sum() * run.world
     stats = processes.mean({"critic": total, "dropped": dropped}, cfg.device)
     return stats | {"grad_norm": update(run.critic, run.critic_opt, cfg)}
@@ -191,11 +210,13 @@ def critic_weight(run: Run, x: Tensor, text: Tensor) -> Tensor:
 
 
 def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
-    """Average gradients over processes, clip, step → gradient norm; no step along a non-finite gradient."""
-    params = [p for p in net.parameters() if p.grad is not None]
-    processes.average_gradients(params)
-    norm = nn.utils.clip_grad_norm_(params, cfg.clip)
-    if norm.isfinite():
+    """Average gradients over processes, clip, step → gradient norm; no step along one that is zero, as it is
+    when no sample was finite, or not finite."""
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    processes.average_gradients(list(net.parameters()))
+    norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+    if norm.isfinite() and norm > 0:
         opt.step()
     opt.zero_grad()
     return float(norm)
