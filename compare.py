@@ -213,11 +213,16 @@ def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -
     return {view: per_prompt(parts) for view, parts in views.items()}, sorted(seconds)[len(seconds) // 2]
 
 
-def training(folder: Path) -> dict[str, float]:
-    """Medians over the run of what metrics.jsonl says about its weights and its speed."""
+def training(folder: Path) -> dict:
+    """Medians over the run of what metrics.jsonl says about its weights and its speed, and all that was held
+    out: {step: {measure: value}}."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     known = [k for k in ("seconds", "ess", "w_inter", "w_intra_max") if k in rows[-1]]
-    return {k: sorted(row[k] for row in rows)[len(rows) // 2] for k in known}
+    held_out = {}
+    for row in rows:
+        if seen := {k.removeprefix("held_out_"): v for k, v in row.items() if k.startswith("held_out_")}:
+            held_out[str(row["step"])] = seen
+    return {k: sorted(row[k] for row in rows)[len(rows) // 2] for k in known} | {"held out": held_out}
 
 
 def per_prompt(parts: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
@@ -252,7 +257,7 @@ def interval(values: list[float] | Tensor) -> tuple[float, float]:
     x = torch.as_tensor(values, dtype=torch.float64)
     x = x[x.isfinite()]
     spread = float(x.std()) if len(x) > 1 else float("nan")
-    return float(x.mean()), _T95[min(len(x), 11) - 2] * spread / len(x) ** 0.5
+    return float(x.mean()), _T95[min(len(x), 11) - 2] * spread / max(1, len(x)) ** 0.5
 
 
 COLUMNS = (
@@ -284,6 +289,20 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
         ess = [found["training"]["ess"] for found in runs.values() if "ess" in found["training"]]
         cells += [f"{sum(ess) / len(ess):.2f}" if ess else "", str(next(iter(runs.values()))["forwards"])]
         lines.append(f"| {row} | {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def over_time(table: dict[str, dict[int, dict]], name: str = "jitter") -> str:
+    """Rows: methods. Columns: steps of training. The averaged student on the prompts that select one."""
+    found = {row: [f["training"]["held out"] for f in finished(table, row).values()] for row in table}
+    steps = sorted({step for runs in found.values() for run in runs for step in run}, key=int)
+    lines = [
+        f"| {name} after | " + " | ".join(f"{s} steps" for s in steps) + " |",
+        "|---" * (len(steps) + 1) + "|",
+    ]
+    for row, runs in found.items():
+        values = [interval([run[step][name] for run in runs if step in run]) for step in steps if runs]
+        lines.append(f"| {row} | " + " | ".join("{:.2f} ± {:.2f}".format(*v) for v in values) + " |")
     return "\n".join(lines)
 
 

@@ -132,12 +132,22 @@ def test_differences_are_paired():
 
     def run(value):
         views = {view: {name: [value] for name, _ in compare.COLUMNS} for view in ("within", "beyond")}
-        return {"views": views, "training": {}, "forwards": 35}
+        return {"views": views, "training": {"held out": {}}, "forwards": 35}
 
     base = {seed: run(0.2 * seed) for seed in range(4)}
     better = {seed: run(0.2 * seed + 0.1) for seed in range(1, 4)}
     line = compare.markdown({compare.WINDOWED: base, "diagonal": better}).splitlines()[-1]
     assert line.startswith("| diagonal | 3 | 0.500 ± 0.497 (+0.100 ± 0.000)"), line
+
+
+def test_what_was_held_out_over_time():
+    """Catches steps in the order of their digits, and seeds that stopped early counted as zero."""
+    runs = {seed: {"training": {"held out": {str(step): {"jitter": step + seed} for step in (25, 100)}}}
+            for seed in (0, 2)}  # fmt: skip
+    runs[2]["training"]["held out"].pop("100")
+    lines = compare.over_time({"tilted": runs}).splitlines()
+    assert lines[0] == "| jitter after | 25 steps | 100 steps |"
+    assert lines[2].startswith("| tilted | 26.00 ± 12.71 | 100.00 ± nan |")
 
 
 def test_drifts_do_not_cancel():
