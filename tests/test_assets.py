@@ -1,9 +1,13 @@
 """The nets that are shipped: they load into today's code, do what README says, and say what was measured."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from checkpoint import load_weights, read_header
+import compare
+from checkpoint import fingerprint, load_weights, read_header
 from codec import Codec
 from config import PRESETS
 from corrupt import pairs
@@ -13,6 +17,7 @@ from model import VideoDiT
 from reward import RewardModel
 from rollout import rollout
 
+ROOT = Path(__file__).parent.parent
 CFG = PRESETS["tiny"]
 KINDS = {
     "codec": Codec,
@@ -88,3 +93,18 @@ def test_reward_ranks_damaged_clips_below_good_ones(shipped, clips):
         ]
     for axis, (scores, least) in enumerate(zip(worse, (0.95, 0.9, 0.85), strict=True)):
         assert (best[:, axis] > scores[:, axis]).float().mean() >= least
+
+
+def test_results_are_of_the_shipped_nets():
+    """Catches results that nothing in the repository can reproduce any more: other nets, or settings that no
+    row of compare.py stands for today."""
+    paths = sorted((ROOT / "results").glob("*.json"))
+    assert paths
+    nets = fingerprint(ROOT / "assets" / "tiny")
+    for path in paths:
+        found = json.loads(path.read_text())
+        assert path.stem == f"{found['row']}-{found['seed']}"
+        given = compare.ROWS[found["row"]] | {"seed": found["seed"]}
+        assert compare.alike(found["asked"], compare.asked_for(given, nets, found["asked"]["clips"])), (
+            path.name
+        )
