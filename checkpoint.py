@@ -79,10 +79,10 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
-def fingerprint(nets: Path) -> str:
+def fingerprint(nets: Path, kinds: tuple[str, ...] = ("codec", "teacher", "causal", "reward")) -> str:
     """Of the tensors a run starts from; headers, which may be annotated, do not count."""
     digest = hashlib.sha256()
-    for kind in ("codec", "teacher", "causal", "reward"):
+    for kind in kinds:
         read_header(nets / f"{kind}.safetensors")
         for _, tensor in sorted(load_file(nets / f"{kind}.safetensors").items()):
             digest.update(tensor.numpy().tobytes())

@@ -78,6 +78,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 
 def reference(row: str) -> str:
     """What a row is compared with: the same cache without the row's own idea."""
+    if "guidance3" in row:
+        return f"{WINDOWED}-guidance3"
     return WINDOWED if build("tiny", ROWS[row]).window else BASE
 
 
@@ -294,7 +296,7 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
 
 def over_time(table: dict[str, dict[int, dict]], name: str = "jitter") -> str:
     """Rows: methods. Columns: steps of training. The averaged student on the prompts that select one."""
-    found = {row: [f["training"]["held out"] for f in finished(table, row).values()] for row in table}
+    found = {row: [f["training"].get("held out", {}) for f in finished(table, row).values()] for row in table}
     steps = sorted({step for runs in found.values() for run in runs for step in run}, key=int)
     lines = [
         f"| {name} after | " + " | ".join(f"{s} steps" for s in steps) + " |",

@@ -64,7 +64,7 @@ class Rope:
         places = torch.cartesian_prod(frames, *(torch.arange(n, device=device) for n in (h, w)))  # (f*h*w, 3)
         freqs = [10000.0 ** (-torch.arange(0, n, 2, device=device) / n) for n in self.widths]
         angle = torch.cat([places[:, i, None] * f for i, f in enumerate(freqs)], dim=1)[:, None]
-        return torch.polar(torch.ones(()).to(angle), angle)
+        return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

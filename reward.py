@@ -148,7 +148,8 @@ def tilt_weight(r: Tensor, tilt: float) -> Tensor:
     Ours. Weights on the student's gradient leave its fixed point where it was: wherever the scores of student
     and teacher agree, the gradient vanishes, whatever it is multiplied by. A critic that learns the student's
     clips with these weights learns the score of p_student exp(-tilt r) instead. Where that equals the
-    teacher's, p_student ∝ p_teacher exp(tilt r): where exp(reward) weighting is meant to lead.
+    teacher's, p_student ∝ p_teacher exp(tilt r): where exp(reward) weighting is meant to lead. That is for a
+    student that can get there and for large batches: in one of n no weight exceeds n, so the tilt is milder.
     """
     r = torch.where(r.isfinite(), r, torch.inf)
     return r.isfinite().sum() * (-tilt * r).softmax(0)

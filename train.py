@@ -205,8 +205,9 @@ def critic_weight(run: Run, x: Tensor, text: Tensor) -> Tensor:
         return torch.ones(len(x), device=x.device)
     with processes.autocast(run.cfg):
         video01 = run.codec.decode(x.nan_to_num()).float()
-    scores = processes.gather(run.reward(video01, text)[:, [AXES.index(a) for a in run.cfg.axes]].mean(1))
-    return tilt_weight(scores, run.cfg.tilt)[run.rank * len(x) : (run.rank + 1) * len(x)]
+    scores = run.reward(video01, text)[:, [AXES.index(a) for a in run.cfg.axes]].mean(1)
+    scores = scores.masked_fill(~x.isfinite().flatten(1).all(1), torch.nan)  # else the worst clip of all
+    return tilt_weight(processes.gather(scores), run.cfg.tilt)[run.rank * len(x) : (run.rank + 1) * len(x)]
 
 
 def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
@@ -296,10 +297,12 @@ def log(run: Run, stats: dict, bar) -> None:
 def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
     out, nets = checkpoint.writable_folder(flags.out), Path(flags.nets or f"assets/{cfg.preset}")
-    state, begun_from = checkpoint.load_state(out, cfg, FREE, flags.resume), checkpoint.fingerprint(nets)
-    if state and (state["begun_from"], state["start"]) != (begun_from, flags.start):
-        raise BadInput(f"--resume: {out} began from other weights than those of --nets={nets} and --start")
+    state = checkpoint.load_state(out, cfg, FREE, flags.resume)
     weighted = cfg.beta or cfg.space or cfg.time or cfg.tilt
+    kinds = ("codec", "teacher", *["causal"] * (not flags.start), *["reward"] * bool(weighted))
+    origin = {"nets": checkpoint.fingerprint(nets, kinds), "start": flags.start}
+    if state and state.get("origin") != origin:
+        raise BadInput(f"--resume: {out} began from other weights than those of --nets={nets} and --start")
 
     def made(kind: str, start: str = "") -> nn.Module:
         return checkpoint.load_net(start or nets / f"{kind}.safetensors", cfg, kind)
@@ -309,7 +312,7 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     student, critic = made("causal", flags.start), made("teacher")
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
     run = Run(
-        cfg, out, {"begun_from": begun_from, "start": flags.start}, rank, world, codec, teacher, reward,
+        cfg, out, origin, rank, world, codec, teacher, reward,
         source_of(cfg),
         student, critic, AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)),
         torch.optim.AdamW(student.parameters(), lr=cfg.lr, **adam),
@@ -338,7 +341,7 @@ _STATE = ("student", "critic", "ema", "student_opt", "critic_opt", "balancer")
 def save(run: Run) -> None:
     if run.rank == 0:
         state = {name: getattr(run, name).state_dict() for name in _STATE}
-        facts = {"config": asdict(run.cfg), "best": run.best} | run.origin
+        facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
         checkpoint.save_state(run.out, run.step, state | facts)
 
 

@@ -52,6 +52,15 @@ def test_operations_are_counted(monkeypatch, capsys):
     assert flops[1] / flops[0] == pytest.approx(9 / 5, rel=0.02)
 
 
+def test_attention_is_counted():
+    """A longer window changes nothing but what is attended to: two products per layer and pass."""
+    given = {"dim": 32, "heads": 2, "layers": 1, "device": "cpu"}
+    short, long = (build("tiny", given | {"window": window}) for window in (3, 4))
+    with torch.inference_mode():
+        counts = [bench.count_flops(VideoDiT(cfg).eval(), cfg) for cfg in (short, long)]
+    assert counts[1] - counts[0] == 5 * 2 * 2 * 16 * 16 * 32
+
+
 def test_training(nets, monkeypatch, capsys):  # noqa: F811
     rows = call(monkeypatch, capsys, "--training", "--rounds=1", f"--nets={nets}", *KEYS)["rows"]
     assert [row["steps"] for row in rows] == [5, 5] and rows[0]["ratio"] == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import train
@@ -272,3 +273,39 @@ def test_a_run_is_not_resumed_with_another_config(nets, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stopped:
         in_process(monkeypatch, train, *argv, "--steps=2", "--beta=1.5", "--resume")
     assert stopped.value.code == 2 and "beta=0.5" in capsys.readouterr().err
+
+
+def test_plain_dmd_needs_no_reward(nets, tmp_path, monkeypatch):
+    """The rivals that a reward model learns from are trained before there is one."""
+    own = shutil.copytree(nets, tmp_path / "nets")
+    (own / "reward.safetensors").unlink()
+    argv = (f"--nets={own}", f"--out={tmp_path / 'out'}", *KEYS, "--steps=1", "--method=self_forcing")
+    in_process(monkeypatch, train, *argv)
+    assert (tmp_path / "out" / "student.safetensors").exists()
+
+
+def test_a_run_is_not_resumed_from_other_nets(nets, tmp_path, monkeypatch, capsys):
+    """Catches a run that goes on against another teacher than it began with."""
+    own = shutil.copytree(nets, tmp_path / "nets")
+    argv = (f"--nets={own}", f"--out={tmp_path / 'out'}", *KEYS)
+    in_process(monkeypatch, train, *argv, "--steps=1")
+    path = own / "teacher.safetensors"
+    header, tensors = train.checkpoint.read_header(path), load_file(path)
+    tensors["head.head.bias"] += 1
+    save_file(tensors, path, header)
+    with pytest.raises(SystemExit) as stopped:
+        in_process(monkeypatch, train, *argv, "--steps=2", "--resume")
+    assert stopped.value.code == 2 and "other weights" in capsys.readouterr().err
+
+
+def test_a_broken_rollout_does_not_take_the_tilted_critics_weight(nets, tmp_path):
+    """Decoded without its NaN it looks like the worst clip of all."""
+    cfg = build("tiny", SMALL | {"device": "cpu", "method": "tilted"})
+    run = train.prepare(cfg, train.Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
+    x = torch.randn(4, cfg.frames, *cfg.latent_shape, generator=torch.Generator().manual_seed(0))
+    text = torch.zeros(4, cfg.text_length, cfg.text_width)
+    whole = train.critic_weight(run, x, text)
+    x[0, 3] = float("nan")
+    w = train.critic_weight(run, x, text)
+    assert w[0] == 0 and float(w.sum()) == pytest.approx(3)
+    assert_close(w[1:] / w[1], whole[1:] / whole[1])
