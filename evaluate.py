@@ -104,6 +104,8 @@ def main() -> None:
     for name, how in jobs:
         label, header = f"{name}, {how}", headers[name]
         made = from_words(header["config"], typed | {"device": device})
+        if made.data:
+            raise BadInput(f"{paths[name]} learnt from clips; measured is the procedural world alone")
         if how == "teacher":  # guidance is nothing that it was trained with
             made = replace(made, guidance=build(preset, typed).guidance)
         codec, reward = (load_net(nets / f"{kind}.safetensors", made, kind) for kind in ("codec", "reward"))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import nets  # noqa: F401  (a fixture)
 
 import evaluate
@@ -51,3 +51,13 @@ def test_bad_input_fails_before_the_work(nets, tmp_path, monkeypatch, capsys, ar
         call(monkeypatch, nets, tmp_path / "e.json", *argv)
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and len(error.splitlines()) == 1 and needle in error, error
+
+
+def test_nets_of_real_clips_are_refused(nets, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Catches scores for captions that the nets have never seen."""
+    path, header = tmp_path / "student.safetensors", read_header(nets / "stream_r1.safetensors")
+    config = json.loads(header["config"]) | {"data": "clips"}
+    save_file(load_file(nets / "stream_r1.safetensors"), path, header | {"config": json.dumps(config)})
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, nets, tmp_path / "e.json", f"--student={path}")
+    assert stopped.value.code == 2 and "clips" in capsys.readouterr().err
