@@ -40,7 +40,7 @@ class Flags:
     chunks: int = 100  # timed per mode
     fps: int = 16  # of the deadline that chunks may miss
     compile: bool = False
-    long: int = 0  # also compare the last of this many chunks with the tenth
+    long: int = 0  # also compare the last ones of this many further chunks with those timed first
     training: bool = False
     rounds: int = 4  # of --training: 5 steps of each method a round
     nets: str = ""  # of --training; default assets/<preset>
@@ -123,9 +123,8 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     return row | {"peak MiB": peak_memory(cfg)}
 
 
-def count_flops(student, cfg: Config) -> float:
-    """Of one chunk in a full window, what it remembers included."""
-    parts, _ = start_stream(student, cfg, directly)
+def count_flops(parts) -> int:
+    """Of a stream's next chunk, and of remembering the one before it."""
     plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
     with plain, FlopCounterMode(display=False) as counter:
         next(parts)
@@ -147,7 +146,7 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
         student.bfloat16()
     modes = ["eager"] + ["graph"] * (cfg.device != "cpu") + ["compiled"] * flags.compile
     with torch.inference_mode():
-        flops, peak = count_flops(student, cfg), matmul_peak(cfg)
+        flops, peak = count_flops(start_stream(student, cfg, directly)[0]), matmul_peak(cfg)
         return [measure_mode(mode, student, codec, cfg, flags, flops, peak) for mode in modes]
 
 
@@ -163,7 +162,8 @@ def training(preset: str, typed: dict, flags: Flags) -> list[dict]:
             run = [sys.executable, str(script), preset, *argv, *nets, f"--out={folder}"]
             done = subprocess.run(run, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise BadInput(f"train.py ended with {done.returncode}: {done.stderr.splitlines()[-1]}")
+                said = (done.stderr.splitlines() or ["no message"])[-1]
+                raise BadInput(f"train.py ended with {done.returncode}: {said}")
             lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
             seconds[name] += [json.loads(line)["seconds"] for line in lines]
     medians = {name: sorted(taken)[len(taken) // 2] for name, taken in seconds.items()}
@@ -178,7 +178,8 @@ def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     cfg = build(preset, typed)
     if min(flags.chunks, flags.rounds, flags.fps) < 1 or flags.long < 0:
-        raise BadInput("chunks, rounds and fps are numbers from 1, long from 0")
+        given = f"chunks={flags.chunks} rounds={flags.rounds} fps={flags.fps} long={flags.long}"
+        raise BadInput(f"{given} is not possible; allowed: from 1, long from 0")
     cfg = replace(cfg, device=pick_device(cfg))
     rows = training(preset, typed, flags) if flags.training else sampling(cfg, flags)
     passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")

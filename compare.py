@@ -84,13 +84,13 @@ def reference(row: str) -> str:
 
 
 def rows_named(names: str, typed: dict) -> list[str]:
-    """Comma-separated names (empty: all rows) → row names, both controls first. Raises BadInput, also for a
+    """Comma-separated names (empty: all rows) → row names, controls first. Raises BadInput, also for a
     typed field that a row is made of."""
     wanted = [name for name in names.split(",") if name] or list(ROWS)
     for name in wanted:
         if name not in ROWS:
             raise BadInput(f"--methods: {name!r} is not possible; allowed: {' '.join(ROWS)}")
-    wanted = [BASE, WINDOWED, *(name for name in wanted if name not in (BASE, WINDOWED))]
+    wanted = list(dict.fromkeys([BASE, WINDOWED, *map(reference, wanted), *wanted]))
     for name in wanted:
         own = {"seed"} | ROWS[name].keys() | METHODS[ROWS[name]["method"]].keys()
         if clash := own & typed.keys():
@@ -111,13 +111,13 @@ def compare(names: list[str], typed: dict, how) -> None:
         path, folder = how.results / f"{name}-{seed}.json", how.runs / f"{name}-{seed}"
         asked = asked_for(ROWS[name] | typed | {"seed": seed}, nets, how.clips)
         if path.exists():
-            if not alike(json.loads(path.read_text())["asked"], asked):
+            if not alike(read_result(path)["asked"], asked):
                 raise BadInput(f"{path} was made with other settings or nets; choose another --results")
             continue
         with open(writable_folder(str(folder), "--runs") / ".taken", "w") as file:
             if not taken(file) or path.exists():
                 continue
-            found = {"row": name, "seed": seed, "asked": asked} | run(name, typed, seed, folder, how)
+            found = {"row": name, "seed": seed, "asked": asked} | run(name, typed, seed, folder, how, file)
             text = json.dumps(found)
             write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         for state in folder.glob("step_*.pt"):  # 50 MB each, and of no more use
@@ -147,13 +147,16 @@ def alike(then: dict, now: dict) -> bool:
     return then.keys() <= now.keys() and all(then.get(k, default[k]) == v for k, v in now.items())
 
 
-def run(name: str, typed: dict, seed: int, folder: Path, how) -> dict:
+def run(name: str, typed: dict, seed: int, folder: Path, how, claim) -> dict:
     """Run train.py, or what is left of it, and measure its student → what was found, or how it failed."""
     argv = [as_flag(k, v) for k, v in (ROWS[name] | typed).items()]
     argv += [f"--seed={seed}", f"--nets={how.nets}", f"--out={folder}"]
     found = {"command": f"python train.py {' '.join(argv)}"}
     argv += ["--resume"] if list(folder.glob("step_*.pt")) else []
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *argv], check=False)
+    words = [sys.executable, str(Path(__file__).with_name("train.py")), *argv]
+    done = subprocess.run(
+        words, check=False, pass_fds=[claim.fileno()]
+    )  # if we are killed it keeps the claim
     if done.returncode == 2:  # it has said why
         raise BadInput(f"{found['command']} was refused")
     if done.returncode:
@@ -234,12 +237,21 @@ def per_prompt(parts: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
 
 
 # -- the table ----------------------------------------
+def read_result(path: Path) -> dict:
+    """What a run has left. Raises BadInput for a file that no run has written."""
+    try:
+        found = json.loads(path.read_text())
+        return {"row": found["row"], "seed": found["seed"], "asked": found["asked"]} | found
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} was not written by evaluate.py table: {error!r}") from error
+
+
 def load_results(results: Path, names: list[str]) -> dict[str, dict[int, dict]]:
     """{row: {seed: what was found}} of the rows that have been run. Raises BadInput if mixed."""
     table: dict[str, dict[int, dict]] = {}
     made = set()
     for path in sorted(results.glob("*.json")):
-        found = json.loads(path.read_text())
+        found = read_result(path)
         if found["row"] in names:
             table.setdefault(found["row"], {})[found["seed"]] = found
             made.add(tuple(found["asked"][k] for k in ("nets", "clips", "steps", "batch")))
@@ -296,7 +308,7 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
 
 def over_time(table: dict[str, dict[int, dict]], name: str = "jitter") -> str:
     """Rows: methods. Columns: steps of training. The averaged student on the prompts that select one."""
-    found = {row: [f["training"].get("held out", {}) for f in finished(table, row).values()] for row in table}
+    found = {row: [f["training"]["held out"] for f in finished(table, row).values()] for row in table}
     steps = sorted({step for runs in found.values() for run in runs for step in run}, key=int)
     lines = [
         f"| {name} after | " + " | ".join(f"{s} steps" for s in steps) + " |",

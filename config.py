@@ -53,7 +53,7 @@ class Config:
     kv_grad: bool = False  # let gradient leak through the cache, as the released code does
     # flow and rollout ------------------------------------------------------------------------------------
     shift: float = 3.0  # warps uniform time towards noise
-    guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0 here, and trembles (LOG.md)
+    guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 trembles more (LOG.md)
     denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
     taper: Literal["uniform", "5432", "432", "first"] = "uniform"  # steps per chunk
     context: Literal["clean", "noisy", "none"] = "clean"  # what later chunks see; none: the last step's keys

@@ -54,7 +54,8 @@ def curves(path: Path, metrics: Path) -> None:
     """One small panel per quantity of metrics.jsonl, step on the x axis, its range written at the left."""
     if not metrics.is_file():
         raise BadInput(f"no {metrics}; a run of train.py writes it")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = metrics.read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one short
     panels = [k for k in CURVES if sum(k in row for row in rows) > 1]
     w, h, columns = 260, 120, 3
     image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) or h), "white")
@@ -169,6 +170,8 @@ class Flags:
 
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
+    if typed and what != "saliency":
+        raise BadInput(f"plot.py {what} does not depend on --{min(typed)}; leave it out")
     if what == "curves":
         curves(Path(flags.run) / "curves.png", Path(flags.run) / "metrics.jsonl")
         print(f"{flags.run}/curves.png")
@@ -195,6 +198,10 @@ def main() -> None:
         names = compare.rows_named(flags.methods, {})
         students = [Path(flags.runs) / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
         students = [path for path in students if path.is_file() or flags.methods]
+        if not students:
+            raise BadInput(
+                f"--runs={flags.runs} holds no student of seed {flags.seed}; evaluate.py table makes some"
+            )
         out = writable_folder(flags.out) / "methods.png"
         methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
         print(out)

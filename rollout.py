@@ -89,6 +89,10 @@ def denoise_chunk(given: Given, cache, grid, exit, grad, *noise: Tensor) -> tupl
     return x0, kv
 
 
+def context_level(cfg: Config, grid: tuple[float, ...]) -> float:
+    return {"clean": 0.0, "noisy": cfg.context_t, "none": grid[-1]}[cfg.context]
+
+
 @torch.no_grad()
 def context_kv(given: Given, x0, noise, cache, level: float) -> KV:
     """Keys and values of a finished chunk, noised to `level` (0 = clean): the refresh pass."""
@@ -100,7 +104,7 @@ def remember_chunk(given: Given, cache, cfg, grid, exit, kv: KV, x0: Tensor, noi
     finished = exit is None or exit >= len(grid) - 1
     if cfg.context == "none" and finished:
         return cache.commit(kv)
-    level = {"clean": 0.0, "noisy": cfg.context_t, "none": grid[-1]}[cfg.context]
+    level = context_level(cfg, grid)
     fresh = context_kv(given, x0.detach(), noise, cache, level)
     if cfg.kv_grad:  # as released: the refresh's values, the exit step's gradient
         pairs = zip(fresh, kv, strict=True)
@@ -158,7 +162,7 @@ def stream(
 def _rebuild(given, kept, cache, rngs, cfg: Config) -> None:
     """Fill the cache anew from clean chunks: the stream's first `sink` ones and the most recent ones."""
     cache.reset()
-    level = {"clean": 0.0, "noisy": cfg.context_t, "none": step_grid(cfg, 1)[-1]}[cfg.context]
+    level = context_level(cfg, step_grid(cfg, 1))
     for x0 in kept:
         noise = randn(rngs, *x0.shape[1:], device=x0.device)
         cache.commit(context_kv(given, x0, noise, cache, level))

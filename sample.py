@@ -59,13 +59,14 @@ def main() -> None:
     past = start_from(flags.init, codec, cfg)
     texts = schedule(flags, cfg, header.get("vocabulary", "").split(), len(past))
 
+    call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
     seconds: list[float] = []
     first: list[Tensor] = []
 
     def frames() -> Iterator[np.ndarray]:
         """Decoded frames as they come, the given ones first."""
         left = flags.frames
-        for video01 in decoded(student, codec, texts, cfg, flags, past, seconds):
+        for video01 in decoded(student, codec, texts, cfg, flags, past, call, seconds):
             video01 = video01[: max(0, left)]
             if not first or len(first[0]) < 16:
                 first[:] = [torch.cat([*first, video01])]
@@ -75,15 +76,14 @@ def main() -> None:
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=zoom(cfg) // 2 or 1)
-    report(seconds, cfg, out, "CUDA graphs" if flags.graph and cfg.device != "cpu" else "eager")
+    report(seconds, cfg, out, "eager" if call is directly else "CUDA graphs")
 
 
-def decoded(student, codec, texts, cfg: Config, flags: Flags, past, seconds: list) -> Iterator[Tensor]:
+def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, seconds: list) -> Iterator[Tensor]:
     """video01 (F 3 H W) chunk after chunk, the given ones first; notes the seconds each new one took."""
     decode, rngs = codec.stream(), [rng_for(flags.seed, "sample", 0)]
     chunks = max(0, math.ceil(flags.frames / cfg.chunk) - len(past))
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
-    call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
     with torch.inference_mode():
         yield from (decode(x)[0].float().cpu() for x in past)
         start = time.perf_counter()

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 from test_train import KEYS, nets  # noqa: F401  (a fixture)
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from config import build, cli
-from model import VideoDiT
-from rollout import directly
+from data import rng_for
+from model import ListCache, RingCache, VideoDiT
+from rollout import directly, stream
 
 
 def call(monkeypatch, capsys, *argv) -> dict:
@@ -30,17 +30,17 @@ def test_sampling(monkeypatch, capsys):
     assert min(row[k] for k in ("late : early", "decoded frames/s", "peak MiB", "first chunk ms")) > 0
 
 
-def test_a_late_chunk_costs_what_an_early_one_does():
-    """Catches a stream that grows: operations of chunk 9 and of chunk 60."""
+@pytest.mark.parametrize("cache", [ListCache, lambda model, cfg: RingCache(model, cfg, 1)])
+def test_a_late_chunk_costs_what_an_early_one_does(cache):
+    """Catches a window that grows: operations, attention included, of chunks 7 and 60."""
     cfg = build("tiny", {"dim": 32, "heads": 2, "layers": 1, "device": "cpu"})
+    model, text = VideoDiT(cfg).eval(), torch.zeros(1, cfg.text_length, cfg.text_width)
     with torch.inference_mode():
-        parts, _ = bench.start_stream(VideoDiT(cfg).eval(), cfg, directly)
-        counts = []
-        for _ in range(52):
-            with FlopCounterMode(display=False) as counter:
-                next(parts)
-            counts.append(counter.get_total_flops())
-    assert counts[0] == counts[-1] > 0
+        parts = stream(model, text, cfg, [rng_for(0)], cache=cache(model, cfg))
+        counts = [bench.count_flops(parts) for _ in range(60)]
+    assert counts[6] == counts[-1] > 0
+    if cache is ListCache:
+        assert counts[1] < counts[6], "a count that cannot see the window fill would not see it grow"
 
 
 def test_operations_are_counted(monkeypatch, capsys):
@@ -57,7 +57,8 @@ def test_attention_is_counted():
     given = {"dim": 32, "heads": 2, "layers": 1, "device": "cpu"}
     short, long = (build("tiny", given | {"window": window}) for window in (3, 4))
     with torch.inference_mode():
-        counts = [bench.count_flops(VideoDiT(cfg).eval(), cfg) for cfg in (short, long)]
+        streams = [bench.start_stream(VideoDiT(cfg).eval(), cfg, directly)[0] for cfg in (short, long)]
+        counts = [bench.count_flops(parts) for parts in streams]
     assert counts[1] - counts[0] == 5 * 2 * 2 * 16 * 16 * 32
 
 

@@ -101,6 +101,41 @@ def test_a_run_is_left_to_whoever_took_it(where, tmp_path, monkeypatch, capsys):
     assert {p.stem for p in (tmp_path / "results").glob("*.json")} == {"self_forcing-0", "windowed-0"}
 
 
+def test_a_training_keeps_its_claim_when_its_parent_is_killed(tmp_path):
+    """Catches a second training in the folder of one that goes on without its parent."""
+    path, sleep = tmp_path / ".taken", [sys.executable, "-c", "input()"]
+    with open(path, "w") as file:
+        assert compare.taken(file)
+        child = subprocess.Popen(sleep, stdin=subprocess.PIPE, pass_fds=[file.fileno()])
+    with open(path, "w") as file:
+        assert not compare.taken(file)
+    child.communicate(b"done")
+    with open(path, "w") as file:
+        assert compare.taken(file)
+
+
+def test_the_claim_is_handed_to_the_training(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(compare.subprocess, "run", lambda words, **how: seen.update(how) or done)
+    done = subprocess.CompletedProcess([], 1)
+    with open(tmp_path / ".taken", "w") as file:
+        found = compare.run("windowed", {}, 0, tmp_path, evaluate.Flags(nets="nets"), file)
+        assert seen["pass_fds"] == [file.fileno()] and found["failed"] == 1
+
+
+@pytest.mark.parametrize("text", ["junk", "[]", '{"row": "windowed"}'])
+def test_foreign_results_are_named(tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, f"--results={tmp_path}", "--seeds=0")
+    assert stopped.value.code == 2 and "a.json" in capsys.readouterr().err
+
+
+def test_controls_come_along():
+    names = compare.rows_named("tilted-guidance3", {})
+    assert names == ["self_forcing", "windowed", "windowed-guidance3", "tilted-guidance3"]
+
+
 def test_a_failed_run_is_counted_and_the_others_go_on(where, tmp_path, monkeypatch, capsys):
     done = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: done)

@@ -109,7 +109,13 @@ def test_methods_sheet(nets, tmp_path, monkeypatch):  # noqa: F811
     assert np.array_equal(top, bottom), "the same weights, prompt and noise"
 
 
-def test_no_results(tmp_path, monkeypatch, capsys):
+BAD = {"table": ["--results=/nowhere"], "methods": ["--runs=/nowhere"], "curves": ["--guidance=9"]}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_nothing_to_draw(what, tmp_path, monkeypatch, capsys):
+    """Nothing to draw, and a field that would be ignored."""
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, "table", f"--results={tmp_path}/none", f"--out={tmp_path}")
-    assert stopped.value.code == 2 and "--results" in capsys.readouterr().err
+        call(monkeypatch, what, *BAD[what], f"--out={tmp_path}")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(said.splitlines()) == 1 and BAD[what][0].partition("=")[0] in said

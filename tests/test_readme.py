@@ -96,7 +96,7 @@ def test_budgets():
     assert total <= TOTAL, f"{total} lines of product code; the budget is {TOTAL}"
 
 
-TOTAL = 4210
+TOTAL = 4231
 
 
 def depth(node, level=0) -> int:
