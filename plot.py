@@ -47,7 +47,7 @@ def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: in
 
 # -- curves ----------------------------------------
 
-CURVES = ("dmd", "critic", *AXES, "ess", "held_out_shape", "held_out_direction", "held_out_speed")
+CURVES = ("dmd", "critic", *AXES, "ess", "held_out_shape", "held_out_speed", "held_out_jitter")
 
 
 def curves(path: Path, metrics: Path) -> None:
