@@ -67,6 +67,9 @@ class RewardModel(nn.Module):
     def forward(self, video01: Tensor, text: Tensor) -> Tensor:
         return self.judge(self.features(video01), text)
 
+    def sampled(self, frames: int) -> None:
+        """Which of a clip's frames are looked at; None: all."""
+
 
 def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: Tensor) -> Tensor:
     """video01: good, worse looks, worse motion (b each), rivals (b/2); text (4 b l e): right first."""

@@ -19,13 +19,20 @@ from torch import Tensor
 from config import Config
 
 
-def reward_saliency(reward, video01: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """(b F 3 H W) in [0, 1], (b l e) → scores (b s) and |∂r_s/∂pixel| (b s F H W), both without gradient."""
+def reward_saliency(reward, video01: Tensor, about, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(b F 3 H W) in [0, 1] and what the reward reads → scores (b s), |∂r_s/∂pixel| (b s F H W), no gradient.
+
+    seen: the frames the reward looks at (None: all); each of the others takes the map of the nearest.
+    """
     with torch.enable_grad():
         video01 = video01.detach().requires_grad_()
-        scores = reward(video01, text)
+        scores = reward(video01, about)
         grads = [torch.autograd.grad(r, video01, retain_graph=True)[0] for r in scores.sum(0)]
     saliency = torch.stack([reduce(g.abs(), "b f c h w -> b f h w", "sum") for g in grads], dim=1)
+    if seen is not None:
+        frames = torch.arange(video01.shape[1])
+        nearest = seen[(frames[:, None] - seen).abs().argmin(1)]
+        saliency = saliency[:, :, nearest.to(saliency.device)]
     return scores.detach(), saliency
 
 
