@@ -3,16 +3,26 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+import processes
 from codec import Codec
 from config import BadInput, Config
 from model import VideoDiT
@@ -51,9 +61,12 @@ def writable_folder(path: str, flag: str = "--out") -> Path:
 
 
 def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) -> None:
-    """Weights to exchange: fp16 safetensors, the config and any `facts` (step, scores) in the header."""
-    tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    """Weights to exchange: fp16 safetensors, the config and any `facts` (step, scores) in the header. All
+    processes call it, the first one writes."""
+    tensors = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if processes.rank():
+        return
+    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}
     header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
     write_atomically(path, lambda name: save_file(tensors, name, header))
 
@@ -127,19 +140,60 @@ def save_state(folder: Path, step: int, state: dict) -> Path:
     return path
 
 
+def save_shards(folder: Path, step: int, nets: dict, opts: dict, facts: dict) -> None:
+    """The same for networks that are spread over processes, as the folder step_%06d: each writes its share.
+
+    nets: {name: network}; opts: {name: (network, optimizer)}; facts: what JSON can hold. The index that
+    torch.distributed.checkpoint adds is a pickle: open only what you have written yourself.
+    """
+    path, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}"
+    dcp.save(_shards(nets, opts), checkpoint_id=temporary)
+    if processes.rank() == 0:
+        text = json.dumps(facts | {"step": step})
+        write_atomically(temporary / "facts.json", lambda name: name.write_text(text))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        for old in sorted(p for p in folder.glob("step_*") if p != path)[:-1]:
+            shutil.rmtree(old)
+    processes.wait()
+
+
+def load_shards(path: Path, nets: dict, opts: dict) -> None:
+    """Into networks and optimizers, spread over any number of processes. Raises BadInput."""
+    state = _shards(nets, opts)
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except Exception as error:  # a shard that is missing, cut short or of another network
+        what = f"{path} cannot be read ({type(error).__name__})"
+        raise BadInput(f"{what}; delete it to go on from the one before") from error
+    for name, net in nets.items():
+        set_model_state_dict(net, state[name])
+    for name, (net, opt) in opts.items():
+        set_optimizer_state_dict(net, opt, state[name])
+
+
+def _shards(nets: dict, opts: dict) -> dict:
+    state = {name: get_model_state_dict(net) for name, net in nets.items()}
+    return state | {name: get_optimizer_state_dict(net, opt) for name, (net, opt) in opts.items()}
+
+
 def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bool = True) -> dict | None:
-    """The newest state in `folder`, or None. Raises BadInput if it is unreadable or of another config, or if
-    there is one and a new run was to start.
+    """The newest state in `folder`, or None; of one that `save_shards` wrote the facts, and its path under
+    "shards". Raises BadInput if it is unreadable or of another config, or if there is one and a new run was
+    to start.
 
     `free` names fields that may change between a run and its continuation (how long, how often to save).
     """
-    paths = sorted(Path(folder).glob("step_*.pt"))
+    paths = sorted(Path(folder).glob("step_*"))
     if paths and not resume:
         raise BadInput(f"{folder} holds a run; --resume goes on with it, another --out starts a new one")
     if not paths:
         return None
     try:
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+        if paths[-1].is_dir():
+            state = json.loads((paths[-1] / "facts.json").read_text()) | {"shards": paths[-1]}
+        else:
+            state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is cut short or not its own
         what = f"{paths[-1]} cannot be read ({type(error).__name__})"
         raise BadInput(f"{what}; delete it to go on from the one before") from error

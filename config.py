@@ -24,7 +24,8 @@ class Config:
     width: int = 32  # pixels
     objects: int = 1  # moving things in a clip of the procedural world
     fps: int = 8
-    data: str = ""  # a folder of captioned clips instead of the procedural world
+    data: str = ""  # a folder of captioned clips instead of the procedural world; a file of prompts for Wan
+    negative: str = ""  # the prompt that guidance leads Wan away from
     # latent video ----------------------------------------------------------------------------------------
     frames: int = 16  # latent frames the teacher knows, and that DMD compares
     chunk: int = 4  # latent frames generated together
@@ -96,6 +97,7 @@ class Config:
     t_max: float = 0.98
     bf16: bool = False  # autocast; pays on GPUs and on CPUs with bf16 dot products
     checkpointing: bool = False  # recompute blocks in the backward pass
+    shard: bool = False  # FSDP2: spread parameters, gradients, optimizers and averages over the processes
     device: str = "auto"
     save_every: int = 50
     eval_every: int = 25  # steps between held-out measurements; the best EMA student is kept
@@ -194,7 +196,7 @@ PRESETS: dict[str, Config] = {
         patch=2, patch_time=1, dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512,
         text_width=4096, predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200,
         critic_steps=5, lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True,
-        checkpointing=True, horizon=1, sink_decay=0.999,
+        checkpointing=True, shard=True, horizon=1, sink_decay=0.999,
     ),
 }  # fmt: skip
 

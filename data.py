@@ -321,6 +321,24 @@ class ClipFolder:
         return Batch(torch.stack(videos), prompts, [free_words(p) for p in prompts])
 
 
+class PromptFile:
+    """Prompts alone, one a line: what distilling Wan needs. A caption is one "word", the whole prompt."""
+
+    vocabulary = ()
+
+    def __init__(self, path: str):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--data={path} cannot be read as text: {error}") from error
+        self.prompts = [line.strip() for line in lines if line.strip()]
+        if not self.prompts:
+            raise BadInput(f"--data={path} holds no prompt; expected is one a line")
+
+    def captions(self, keys: list[tuple]) -> list[list[str]]:
+        return [[self.prompts[pick(rng_for("prompt", *key), len(self.prompts))]] for key in keys]
+
+
 def free_words(text: str) -> list[str]:
     """A caption in nobody's vocabulary → its words in order."""
     return re.findall(r"[\w']+", text.lower())
@@ -344,8 +362,10 @@ def _metadata(folder: Path) -> list[tuple[str, str]]:
     return [(row["file_name"], row["text"]) for row in rows]
 
 
-def source_of(cfg: Config, split: str = "train", drop_words: float = 0.0) -> World | ClipFolder:
-    """The world, or the folder cfg.data names."""
+def source_of(cfg: Config, split: str = "train", drop_words: float = 0.0) -> World | ClipFolder | PromptFile:
+    """The world, or what cfg.data names: a folder of clips, a file of prompts. Raises BadInput."""
+    if Path(cfg.data).is_file():
+        return PromptFile(cfg.data)
     return ClipFolder(cfg, cfg.data) if cfg.data else World(cfg, split, drop_words)
 
 

@@ -5,6 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from config import BadInput, Config
 
@@ -23,6 +25,37 @@ def start(cfg: Config) -> tuple[int, int, str]:
     return rank, world, device
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shard(net: nn.Module, cfg: Config) -> nn.Module:
+    """FSDP2, in place: a process keeps its share of every parameter and fetches the others' block by block.
+
+    Blocks travel and compute in bf16 if cfg.bf16; what is outside of them, the time embedding too, stays
+    in fp32. The text is read once a rollout, apart from the passes: cross-attention is a unit of its own.
+    """
+    low = MixedPrecisionPolicy(torch.bfloat16 if cfg.bf16 else None, torch.float32, cast_forward_inputs=False)
+    for block in net.blocks:
+        fully_shard(block.cross_attn, mp_policy=low, reshard_after_forward=True)
+        register_fsdp_forward_method(block.cross_attn, "read")
+        fully_shard(block, mp_policy=low, reshard_after_forward=True)
+    fully_shard(net, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=True)
+    for method in ("run", "read_time", "read_text"):
+        register_fsdp_forward_method(net, method)
+    return net
+
+
 def pick_device(cfg: Config) -> str:
     if cfg.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,10 +65,9 @@ def pick_device(cfg: Config) -> str:
 
 
 def stop() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-        if dist.get_backend() == "nccl":  # destroying gloo's threads can abort the interpreter at its exit
-            dist.destroy_process_group()
+    wait()
+    if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo's threads can abort the interpreter
+        dist.destroy_process_group()
 
 
 def autocast(cfg: Config) -> torch.autocast:
@@ -43,8 +75,8 @@ def autocast(cfg: Config) -> torch.autocast:
 
 
 def average_gradients(params: list[nn.Parameter]) -> None:
-    """One flat all-reduce."""
-    if not dist.is_initialized():
+    """One flat all-reduce; what is sharded has been averaged already."""
+    if not dist.is_initialized() or isinstance(params[0], DTensor):
         return
     flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
@@ -70,6 +102,17 @@ def mean(stats: dict, device: str) -> dict[str, float]:
     return dict(zip(stats, values.tolist(), strict=True))
 
 
+def clip_gradients(net: nn.Module, largest: float) -> Tensor:
+    """Scale gradients to a norm of at most `largest` → the norm before, over all shards."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), largest)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def any_of(flag: bool, device: str) -> bool:
     """Whether any process says so."""
     return gather(torch.tensor([flag], device=device)).any().item()
+
+
+def may(flag: bool, cfg: Config) -> bool:
+    """Whether to run a network. With shards that takes all processes, so all have to say so."""
+    return not any_of(not flag, cfg.device) if cfg.shard else bool(flag)

@@ -28,6 +28,8 @@ class RewardModel(nn.Module):
     many captions.
     """
 
+    reads = "text"  # as the student does
+
     def __init__(self, cfg: Config, width: int = 128, match: int = 64):
         super().__init__()
         self.frame = nn.Sequential(

@@ -22,19 +22,17 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import checkpoint
 import processes
-from codec import Codec
 from config import BadInput, Config, cli, from_cli
-from data import ClipFolder, World, caption, randn, rng_for, source_of, tokenize
+from data import ClipFolder, PromptFile, World, caption, randn, rng_for, source_of
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from measure import ACCURACIES, measure
-from model import VideoDiT
+from networks import Networks, own_networks, wan_networks
 from plot import contact_sheet
-from reward import AXES, Balancer, RewardModel, effective_share, rollout_weight, tilt_weight
+from reward import AXES, Balancer, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
@@ -47,25 +45,22 @@ class Flags:
     out: str = "out/train"
     nets: str = ""  # folder with codec, teacher, causal and reward weights; default assets/<preset>
     start: str = ""  # the student's first weights; default <nets>/causal.safetensors
+    wan: str = ""  # Wan2.1 in diffusers' format, in place of nets; then --data names a file of prompts
+    teacher: str = ""  # with --wan: another, larger teacher
+    videoalign: str = ""  # with --wan: a folder with the reward, see videoalign.py
     resume: bool = False
 
 
 @dataclass
-class Run:
-    """What a training run holds. Only the networks, optimizers, balancer, step and best score change."""
+class Run(Networks):
+    """What a training run holds. Only student, critic, their optimizers, the average, balancer, step and best
+    score change."""
 
     cfg: Config
     out: Path
-    origin: dict[str, str]  # what a resumed run has to have begun from as well
     rank: int
     world: int
-    codec: Codec
-    teacher: VideoDiT
-    reward: RewardModel | None
-    source: World | ClipFolder
-    student: VideoDiT
-    critic: VideoDiT
-    ema: AveragedModel
+    source: World | ClipFolder | PromptFile
     student_opt: torch.optim.Optimizer
     critic_opt: torch.optim.Optimizer
     balancer: Balancer
@@ -110,23 +105,23 @@ def update_student(run: Run, step: int) -> dict[str, float]:
     """Move the student along the weighted DMD gradient on one batch of its own rollouts."""
     cfg, total = run.cfg, {}
     for micro in range(cfg.accumulate):
-        rngs, text = draw(run, "student", step, micro=micro)
+        rngs, text, about = draw(run, "student", step, micro=micro)
         # 1. the student dreams a video the way it will at inference
         chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
         with processes.autocast(cfg):
             x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
-        if not x.isfinite().all():
+        if not processes.may(x.isfinite().all(), cfg):
             x, rngs = without_broken(run, x, text, chunks, exit, ("student", step), micro)
         # 2. how far to trust the teacher on this rollout, and where
-        w, stats = weigh(run, x.detach(), text)
+        w, stats = weigh(run, x.detach(), about)
         # 3. what would make it more like the teacher's videos
         t = sample_t(rngs, cfg, cfg.device)
         noise = randn(rngs, *x.shape[1:], device=cfg.device)
         with processes.autocast(cfg):
-            g, finite = dmd_gradient(x, text, torch.zeros_like(text[:1]), run.teacher, run.critic, t, noise,
-                                     cfg.guidance, cfg.motion)  # fmt: skip
+            g, finite = dmd_gradient(x, text, run.null, run.teacher, run.critic, t, noise, cfg.guidance,
+                                     cfg.motion)  # fmt: skip
         w = w.expand(len(x), -1, -1, -1, -1)
-        if finite.any():
+        if processes.may(finite.any(), cfg):
             loss = dmd_loss(x[finite], g[finite], w[finite]) * finite.float().mean()
             (loss / cfg.accumulate).backward()
         stats |= {"dmd": g.abs().mean(), "exit": exit, "frames": chunks * cfg.chunk}
@@ -134,8 +129,16 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         total = {k: total.get(k, 0.0) + float(v) / cfg.accumulate for k, v in stats.items()}
     stats = processes.mean(total, cfg.device)
     stats["grad_norm"] = update(run.student, run.student_opt, cfg)
-    run.ema.update_parameters(run.student)
+    average(run, step)
     return stats
+
+
+@torch.no_grad()
+def average(run: Run, step: int) -> None:
+    """Move the running average towards the student; after its first step it is the student."""
+    share = 1 - run.cfg.ema if step else 1.0
+    for mean, new in zip(run.ema.parameters(), run.student.parameters(), strict=True):
+        mean.lerp_(new, share)
 
 
 def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, key: tuple, micro: int):
@@ -144,16 +147,18 @@ def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, ke
     A NaN inside the graph would reach every weight, even multiplied by zero.
     """
     sane = x.isfinite().flatten(1).all(1)
-    rngs, _ = draw(run, *key, micro=micro)
+    rngs, _, _ = draw(run, *key, micro=micro)
     x = x.detach().clone()
-    if sane.any():
+    if processes.may(sane.any(), run.cfg):
         kept = [g for g, ok in zip(rngs, sane.tolist(), strict=True) if ok]
         with processes.autocast(run.cfg):
             x[sane] = rollout(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
+    else:
+        x.fill_(torch.nan)
     return x, rngs
 
 
-def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
+def weigh(run: Run, x: Tensor, about) -> tuple[Tensor, dict]:
     """w_inter · w_intra for rollouts x (b f c h w) → weights (b 1|f 1 1|h 1|w), and what to log."""
     cfg = run.cfg
     if run.reward is None:
@@ -162,12 +167,13 @@ def weigh(run: Run, x: Tensor, text: Tensor) -> tuple[Tensor, dict]:
     with torch.no_grad(), processes.autocast(cfg):
         video01 = run.codec.decode(x.nan_to_num()).float()  # a broken rollout is judged, then dropped
     if cfg.space or cfg.time:
-        scores, saliency = reward_saliency(run.reward, video01, text)
+        seen = run.reward.sampled(video01.shape[1])
+        scores, saliency = reward_saliency(run.reward, video01, about, seen)
         saliency = to_latent_grid(saliency[:, axes], *cfg.latent_shape[1:], cfg.time_stride)
         intra = intra_weight(saliency, scores[:, axes], cfg)
     else:
         with torch.no_grad():
-            scores, intra = run.reward(video01, text), torch.ones(1, 1, 1, 1, 1, device=x.device)
+            scores, intra = run.reward(video01, about), torch.ones(1, 1, 1, 1, 1, device=x.device)
     everyone = processes.gather(scores)
     inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)
     if cfg.released_weight:
@@ -183,29 +189,31 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
     """Let the critic catch up: flow matching on fresh rollouts of the student as it now is."""
     cfg, total, dropped = run.cfg, 0.0, 0.0
     for micro in range(cfg.accumulate):
-        rngs, text = draw(run, *key, micro=micro)
+        rngs, text, about = draw(run, *key, micro=micro)
         with processes.autocast(cfg):
             with torch.no_grad():
                 x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
             t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
-            finite = x.isfinite().flatten(1).all(1)
-            losses = critic_loss(run.critic, x[finite], text[finite], t[finite], noise[finite])
-        loss = (critic_weight(run, x, text)[finite] * losses).sum() / len(x)
-        if finite.any():
-            (loss / cfg.accumulate).backward()
-        total, dropped = total + loss.detach() / cfg.accumulate, dropped + (~finite).sum() * run.world
+        w, finite = critic_weight(run, x, about), x.isfinite().flatten(1).all(1)
+        dropped += (~finite).sum() * run.world
+        if processes.may(finite.any(), cfg):
+            with processes.autocast(cfg):
+                losses = critic_loss(run.critic, x[finite], text[finite], t[finite], noise[finite])
+            loss = (w[finite] * losses).sum() / len(x) / cfg.accumulate
+            loss.backward()
+            total += loss.detach()
     stats = processes.mean({"critic": total, "dropped": dropped}, cfg.device)
     return stats | {"grad_norm": update(run.critic, run.critic_opt, cfg)}
 
 
 @torch.no_grad()
-def critic_weight(run: Run, x: Tensor, text: Tensor) -> Tensor:
+def critic_weight(run: Run, x: Tensor, about) -> Tensor:
     """Rollouts x (b f c h w) → (b,): all ones, unless the critic is tilted towards what is badly rewarded."""
     if not run.cfg.tilt:
         return torch.ones(len(x), device=x.device)
     with processes.autocast(run.cfg):
         video01 = run.codec.decode(x.nan_to_num()).float()
-    scores = run.reward(video01, text)[:, [AXES.index(a) for a in run.cfg.axes]].mean(1)
+    scores = run.reward(video01, about)[:, [AXES.index(a) for a in run.cfg.axes]].mean(1)
     scores = scores.masked_fill(~x.isfinite().flatten(1).all(1), torch.nan)  # else the worst clip of all
     return tilt_weight(processes.gather(scores), run.cfg.tilt)[run.rank * len(x) : (run.rank + 1) * len(x)]
 
@@ -216,7 +224,7 @@ def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
     for p in net.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     processes.average_gradients(list(net.parameters()))
-    norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+    norm = processes.clip_gradients(net, cfg.clip)
     if norm.isfinite() and norm > 0:
         opt.step()
     opt.zero_grad()
@@ -232,14 +240,16 @@ def give_up_if_broken(run: Run, stats: dict[str, float]) -> None:
         sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
 
 
-def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], Tensor]:
-    """This process' generators and captions (b l e) of a micro-batch; a group of rollouts shares one."""
+def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], Tensor, Tensor | list[str]]:
+    """This process' generators and captions (b l e) of a micro-batch, and what the reward reads of them; a
+    group of rollouts shares a caption."""
     cfg = run.cfg
     per = cfg.batch // (run.world * cfg.accumulate)  # this process' share of the global batch
     ids = range((micro * run.world + run.rank) * per, (micro * run.world + run.rank + 1) * per)
     words = run.source.captions([(cfg.seed, *key, i // cfg.group) for i in ids])
-    text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
-    return [rng_for(cfg.seed, *key, i) for i in ids], text
+    text = run.read(words).to(cfg.device)
+    prompts = run.reward is not None and run.reward.reads == "prompts"
+    return [rng_for(cfg.seed, *key, i) for i in ids], text, [" ".join(w) for w in words] if prompts else text
 
 
 # -- looking at it ----------------------------------------
@@ -248,7 +258,7 @@ def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, 
     cfg = run.cfg
     source = run.source if cfg.data else World(cfg, "select")
     words = source.captions([(i,) for i in range(clips)])
-    text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
+    text = run.read(words).to(cfg.device)
     with torch.no_grad(), processes.autocast(cfg):
         x = rollout(net, text, cfg, [rng_for("select", i) for i in range(clips)], chunks)
         video01 = torch.cat([run.codec.decode(part) for part in x.split(16)])
@@ -261,11 +271,11 @@ def select(run: Run) -> dict[str, float]:
     Few-step students are easily over-trained. Of real clips nobody knows the truth: there the newest student
     is kept.
     """
-    if run.rank:
+    if run.rank and not run.cfg.shard:
         return {}
     stats, score = {}, run.best
     if not run.cfg.data:
-        scores = measure(*imagine(run, run.ema.module, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
+        scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
         stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
         score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
         score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
@@ -273,13 +283,16 @@ def select(run: Run) -> dict[str, float]:
         run.best = score
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
         facts["vocabulary"] = " ".join(run.source.vocabulary)
-        checkpoint.save_weights(run.out / "student.safetensors", run.ema.module, run.cfg, "student", **facts)
+        checkpoint.save_weights(run.out / "student.safetensors", run.ema, run.cfg, "student", **facts)
     return stats
 
 
 def sheet(run: Run, name: str, net: nn.Module) -> None:
+    if run.rank and not run.cfg.shard:
+        return
+    clips = min(6, run.cfg.batch // (run.world * run.cfg.accumulate))
+    video01, prompts = imagine(run, net, clips, run.cfg.chunks)
     if run.rank == 0:
-        video01, prompts = imagine(run, net, 6, run.cfg.chunks)
         contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)))
 
 
@@ -296,35 +309,30 @@ def log(run: Run, stats: dict, bar) -> None:
 # -- starting, saving, ending ----------------------------------------
 def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
-    out, nets = checkpoint.writable_folder(flags.out), Path(flags.nets or f"assets/{cfg.preset}")
+    out, source = checkpoint.writable_folder(flags.out), source_of(cfg)
     state = checkpoint.load_state(out, cfg, FREE, flags.resume)
-    weighted = cfg.beta or cfg.space or cfg.time or cfg.tilt
-    kinds = ("codec", "teacher", *["causal"] * (not flags.start), *["reward"] * bool(weighted))
-    origin = {"nets": checkpoint.fingerprint(nets, kinds), "start": flags.start}
-    if state and state.get("origin") != origin:
-        raise BadInput(f"--resume: {out} began from other weights than those of --nets={nets} and --start")
-
-    def made(kind: str, start: str = "") -> nn.Module:
-        return checkpoint.load_net(start or nets / f"{kind}.safetensors", cfg, kind)
-
-    codec, teacher = (made(kind).requires_grad_(False) for kind in ("codec", "teacher"))
-    reward = made("reward").requires_grad_(False) if weighted else None
-    student, critic = made("causal", flags.start), made("teacher")
+    weighted = bool(cfg.beta or cfg.space or cfg.time or cfg.tilt)
+    if bool(flags.wan) != isinstance(source, PromptFile):
+        raise BadInput(f"--data={cfg.data!r}: --wan=FOLDER goes with a file of prompts, and only with that")
+    if flags.wan:
+        nets = wan_networks(cfg, source.prompts, flags, weighted)
+    else:
+        nets = own_networks(cfg, Path(flags.nets or f"assets/{cfg.preset}"), flags.start, weighted)
+    if state and state.get("origin") != nets.origin:
+        raise BadInput(f"--resume: {out} began from other weights: {state.get('origin')}, not {nets.origin}")
+    for net in (nets.teacher, nets.student, nets.ema, nets.critic):
+        processes.shard(net, cfg) if cfg.shard and world > 1 else net.to(cfg.device)
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
-    run = Run(
-        cfg, out, origin, rank, world, codec, teacher, reward,
-        source_of(cfg),
-        student, critic, AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)),
-        torch.optim.AdamW(student.parameters(), lr=cfg.lr, **adam),
-        torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adam),
-        Balancer(cfg),
-    )  # fmt: skip
+    student_opt = torch.optim.AdamW(nets.student.parameters(), lr=cfg.lr, **adam)
+    critic_opt = torch.optim.AdamW(nets.critic.parameters(), lr=cfg.critic_lr, **adam)
+    run = Run(**vars(nets), cfg=cfg, out=out, rank=rank, world=world, source=source,
+              student_opt=student_opt, critic_opt=critic_opt, balancer=Balancer(cfg))  # fmt: skip
     if state:
         if state["step"] > cfg.steps:
             raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
         restore(run, state)
     if rank == 0:
-        facts = {"torch": torch.__version__, "world": world, "nets": str(nets)}
+        facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
         text = json.dumps(asdict(cfg) | facts, indent=1)
         checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
         metrics = out / "metrics.jsonl"
@@ -335,19 +343,33 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     return run
 
 
-_STATE = ("student", "critic", "ema", "student_opt", "critic_opt", "balancer")
+_NETS, _STATE = ("student", "critic", "ema"), ("student_opt", "critic_opt", "balancer")
+
+
+def parts(run: Run) -> tuple[dict, dict]:
+    """What checkpoint.save_shards wants: networks, and optimizers with what they move."""
+    opts = {"student_opt": (run.student, run.student_opt), "critic_opt": (run.critic, run.critic_opt)}
+    return {name: getattr(run, name) for name in _NETS}, opts
 
 
 def save(run: Run) -> None:
-    if run.rank == 0:
-        state = {name: getattr(run, name).state_dict() for name in _STATE}
-        facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
+    facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
+    if run.cfg.shard:
+        checkpoint.save_shards(
+            run.out, run.step, *parts(run), facts | {"balancer": run.balancer.state_dict()}
+        )
+    elif run.rank == 0:
+        state = {name: getattr(run, name).state_dict() for name in (*_NETS, *_STATE)}
         checkpoint.save_state(run.out, run.step, state | facts)
 
 
 def restore(run: Run, state: dict) -> None:
-    for name in _STATE:
-        getattr(run, name).load_state_dict(state[name])
+    if "shards" in state:
+        checkpoint.load_shards(state["shards"], *parts(run))
+        run.balancer.load_state_dict(state["balancer"])
+    else:
+        for name in (*_NETS, *_STATE):
+            getattr(run, name).load_state_dict(state[name])
     run.step, run.best = state["step"], state["best"]
 
 

@@ -53,6 +53,8 @@ class VideoAlignReward(nn.Module):
     net: transformers' Qwen2VLModel; head: (s, width); video_fps: of the clips that will be judged.
     """
 
+    reads = "prompts"
+
     def __init__(self, net: nn.Module, head: Tensor, tokenizer, template: str, settings: Settings, video_fps):
         super().__init__()
         self.net, self.tokenizer, self.template = net.eval().requires_grad_(False), tokenizer, template

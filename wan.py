@@ -15,6 +15,7 @@ import hashlib
 import html
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import fit, writable_folder, write_atomically
-from config import BadInput
+from config import BadInput, Config
+from model import VideoDiT
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
 _WRAPPERS = r"^((model|diffusion_model|module|_fsdp_wrapped_module)\.)+|\b_(fsdp|checkpoint)_wrapped_module\."
@@ -64,10 +66,33 @@ def load_wan(path: str | Path, net: nn.Module) -> nn.Module:
 
     Raises BadInput when a file is missing or unreadable, or does not fit.
     """
+    return fit(net, read_transformer(path), path, assign=next(net.parameters()).is_meta)
+
+
+def open_wan(path: str | Path, cfg: Config, exact: bool = True) -> VideoDiT:
+    """The transformer a checkpoint holds, in cfg's size or, if not `exact`, in its own: 1.3B, 14B, ..."""
+    tensors = read_transformer(path)
+    with torch.device("meta"):
+        net = VideoDiT(cfg if exact else sized(cfg, tensors, path))
+    return fit(net, tensors, path, assign=True)
+
+
+def sized(cfg: Config, tensors: dict[str, Tensor], path: str | Path) -> Config:
+    """cfg with the size of a checkpoint's transformer, heads as wide as cfg's. Raises BadInput."""
+    try:
+        dim, ffn = len(tensors["patch_embedding.weight"]), len(tensors["blocks.0.ffn.0.weight"])
+    except KeyError as error:
+        raise BadInput(f"{path} is no Wan2.1 text-to-video transformer: it lacks {error}") from error
+    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    return replace(cfg, dim=dim, ffn=ffn, layers=layers, heads=dim // (cfg.dim // cfg.heads))
+
+
+def read_transformer(path: str | Path) -> dict[str, Tensor]:
+    """{name as in model.py: tensor}, whatever names the checkpoint has. Raises BadInput."""
     tensors = read_tensors(Path(path))
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = {rename(name, to_diffusers=False): x for name, x in tensors.items()}
-    return fit(net, tensors, path, assign=next(net.parameters()).is_meta)
+    return tensors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -177,6 +202,15 @@ class WanText:
         self.encoder, self.tokenizer, self.length = encoder.eval(), tokenizer, length
         self.folder = writable_folder(str(folder)) if folder else None
 
+    def keep(self, prompts: list[str]) -> None:
+        """Encode prompts ahead, onto the disk, so that the encoder is not asked again."""
+        for prompt in prompts:
+            self._states(prompt)
+
+    def forget_encoder(self) -> None:
+        """Free its memory; from now on only prompts that are kept on disk can be read."""
+        self.encoder = None
+
     def __call__(self, prompts: list[str]) -> Tensor:
         return torch.stack([F.pad(x, (0, 0, 0, self.length - len(x))) for x in map(self._states, prompts)])
 
@@ -188,6 +222,8 @@ class WanText:
         path = self.folder / f"{name}.safetensors" if self.folder else None
         if path and path.is_file():
             return load_file(path)["states"]
+        if self.encoder is None:
+            raise ValueError(f"{prompt[:60]!r} is not on disk and the encoder is gone")
         tokens = self.tokenizer(words, truncation=True, max_length=self.length, return_tensors="pt")
         device = next(self.encoder.parameters()).device
         given = {k: tokens[k].to(device) for k in ("input_ids", "attention_mask")}
@@ -197,7 +233,7 @@ class WanText:
         return states
 
 
-def load_text(path: str | Path, cache: str | Path = "") -> WanText:
+def load_text(path: str | Path, length: int = 512, cache: str | Path = "") -> WanText:
     """A folder in diffusers' format, text_encoder/ and tokenizer/ inside. Raises BadInput."""
     try:
         from transformers import AutoTokenizer, UMT5EncoderModel
@@ -210,7 +246,7 @@ def load_text(path: str | Path, cache: str | Path = "") -> WanText:
     except (OSError, ValueError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise BadInput(f"{folder} lacks a text_encoder/ or tokenizer/ that can be read: {said}") from error
-    return WanText(encoder, tokenizer, cache)
+    return WanText(encoder, tokenizer, cache, length)
 
 
 # -- saving ----------------------------------------

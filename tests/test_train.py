@@ -83,7 +83,7 @@ def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
     done = call(nets, parts, "--steps=6", "--save_every=6", "--resume")
     assert done.returncode == 0, done.stderr
     one, two = state(whole, 6), state(parts, 6)
-    for name in train._STATE:
+    for name in (*train._NETS, *train._STATE):
         assert_close(one[name], two[name], rtol=0, atol=0, msg=f"{name} differs after resuming")
     assert [m["step"] for m in metrics(parts)] == [1, 2, 3, 4, 5, 6]
     drop = lambda m: {k: v for k, v in m.items() if k != "seconds"}  # noqa: E731
@@ -178,7 +178,7 @@ def test_weights_of_rollouts(nets, tmp_path):
     for released in (False, True):
         cfg = build("tiny", SMALL | {"device": "cpu", "released_weight": released, "beta": 4.0})
         run = train.prepare(cfg, train.Flags(out=str(tmp_path / str(released)), nets=str(nets)), 0, 1)
-        rngs, text = train.draw(run, "student", 0, micro=0)
+        _, text, _ = train.draw(run, "student", 0, micro=0)
         x = 3 * torch.randn(4, cfg.frames, *cfg.latent_shape, generator=torch.Generator().manual_seed(0))
         w, stats = train.weigh(run, x, text)
         weights[released], ess[released] = w.expand(4, -1, -1, -1, -1), stats["ess"]
@@ -196,9 +196,9 @@ def test_broken_samples_are_left_out_of_the_step(nets, tmp_path, monkeypatch, br
     real = train.draw
 
     def poisoned(run, *key, micro):
-        rngs, text = real(run, *key, micro=micro)
+        rngs, text, _ = real(run, *key, micro=micro)
         text[:broken] = float("nan")
-        return rngs, text
+        return rngs, text, text
 
     for name, draw in (("whole", real), ("broken", poisoned)):
         monkeypatch.setattr(train, "draw", draw)

@@ -19,7 +19,8 @@ WORDS = "rate how it looks moves and fits a cat dog runs on the red mat : user a
 TEMPLATE = f"rate how it looks {TOKENS[0]} moves {TOKENS[1]} and fits : {{text_prompt}} {TOKENS[2]}"
 CHAT = """{% for message in messages %}<|im_start|> {{ message.role }} {% for part in message.content %}\
 {% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|> {% else %}{{ part.text }} \
-{% endif %}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"""
+{% endif %}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant\
+{% endif %}"""
 MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
 SETTINGS = {
     "data_config": {"fps": 2.0, "max_frame_pixels": 200704, "sample_type": "uniform"}

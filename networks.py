@@ -1,0 +1,79 @@
+"""The networks a run is made of: this project's own from a folder, or Wan2.1's with VideoAlign's reward.
+
+Whatever they are, train.py sees the same few things: a codec, a frozen teacher, a student with its running
+average, a critic that starts as the teacher, a reward, and something that reads words.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import processes
+from checkpoint import fingerprint, load_net
+from config import BadInput, Config
+from data import tokenize
+from model import VideoDiT
+from videoalign import load_videoalign
+from wan import load_text, load_vae, open_wan
+
+
+@dataclass
+class Networks:
+    origin: dict[str, str]  # where they came from: a resumed run has to have begun from the same
+    codec: nn.Module
+    teacher: VideoDiT  # frozen
+    student: VideoDiT
+    ema: VideoDiT  # the student's running average
+    critic: VideoDiT
+    reward: nn.Module | None
+    read: Callable[[list[list[str]]], Tensor]  # captions as words → (b l e)
+    null: Tensor  # (1 l e): the text that guidance leads away from
+
+
+def own_networks(cfg: Config, nets: Path, start: str, weighted: bool) -> Networks:
+    """Those pretrain.py left in the folder `nets`. Raises BadInput."""
+    kinds = ("codec", "teacher", *["causal"] * (not start), *["reward"] * weighted)
+    origin = {"nets": fingerprint(nets, kinds), "start": start}
+
+    def made(kind: str, path: str = "") -> nn.Module:
+        return load_net(Path(path or nets / f"{kind}.safetensors"), cfg, kind)
+
+    codec, teacher = (made(kind).requires_grad_(False) for kind in ("codec", "teacher"))
+    student, critic = made("causal", start), made("teacher")
+    reward = made("reward").requires_grad_(False) if weighted else None
+    read = partial(tokenize, length=cfg.text_length, width=cfg.text_width)
+    null = torch.zeros(1, cfg.text_length, cfg.text_width, device=cfg.device)
+    return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
+
+
+def wan_networks(cfg: Config, prompts: list[str], flags, weighted: bool) -> Networks:
+    """Wan2.1 from the folder flags.wan, in diffusers' format. flags.teacher: another, larger teacher's;
+    flags.start: where the student starts, such as Self-Forcing's ode_init.pt; flags.videoalign: the reward.
+
+    The teacher is kept in bf16 if cfg.bf16, what is trained in fp32. Every prompt is encoded once, by one
+    process or another, and kept on disk; then the text encoder, 11 GB, leaves memory. Raises BadInput.
+    """
+    if weighted and not flags.videoalign:
+        raise BadInput(f"method={cfg.method} needs a reward: --videoalign=FOLDER (or --method=self_forcing)")
+    origin = {name: getattr(flags, name) for name in ("wan", "teacher", "start", "videoalign")}
+    teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
+    teacher = teacher.to(torch.bfloat16 if cfg.bf16 else torch.float32)
+    student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
+    codec = load_vae(flags.wan).requires_grad_(False).to(cfg.device)
+    reward = load_videoalign(flags.videoalign, cfg.fps).to(cfg.device) if weighted else None
+    text = load_text(flags.wan, cfg.text_length, Path(flags.out) / "text")
+    text.encoder.to(cfg.device)
+    text.keep([*prompts, cfg.negative][processes.rank() :: processes.world()])
+    processes.wait()
+    text.forget_encoder()
+
+    def read(captions: list[list[str]]) -> Tensor:
+        return text([" ".join(words) for words in captions])
+
+    null = text([cfg.negative]).to(cfg.device)
+    return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
