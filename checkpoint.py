@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,6 +29,9 @@ from codec import Codec
 from config import BadInput, Config
 from model import VideoDiT
 from reward import RewardModel
+
+# one process alone is nothing to be warned of
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 # fields that a network's numbers depend on: weights made under other values are refused
 _NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk"
@@ -163,7 +168,7 @@ def load_shards(path: Path, nets: dict, opts: dict) -> None:
     state = _shards(nets, opts)
     try:
         dcp.load(state, checkpoint_id=path)
-    except Exception as error:  # a shard that is missing, cut short or of another network
+    except (Exception, CheckpointException) as error:  # a share is missing, cut short, of another network
         what = f"{path} cannot be read ({type(error).__name__})"
         raise BadInput(f"{what}; delete it to go on from the one before") from error
     for name, net in nets.items():

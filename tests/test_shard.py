@@ -1,0 +1,75 @@
+"""FSDP2: sharded over two gloo processes = one process; saved by two, continued by one, and the other way."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import call, metrics, nets  # noqa: F401  the fixture of tiny random nets
+
+from checkpoint import load_shards, read_header
+from config import BadInput, build
+from train import Flags, prepare
+
+
+def weights(path) -> torch.Tensor:
+    return torch.cat(
+        [x.float().flatten() for _, x in sorted(load_file(path / "student.safetensors").items())]
+    )
+
+
+SHARD = ("--shard", "--save_every=2", "--group=2", "--tilt=1", "--balance_window=2", "--checkpointing")
+
+
+@pytest.fixture(scope="module")
+def pair(nets, tmp_path_factory):  # noqa: F811
+    """Four steps by two processes that share every parameter."""
+    out = tmp_path_factory.mktemp("pair")
+    done = call(nets, out, "--steps=4", *SHARD, processes=2)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def alike(one, two):
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        for key in ("dmd", "critic", "VQ", "MQ", "TA", "w_inter", "ess", "grad_norm", "critic_grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), key
+    assert (weights(one) - weights(two)).abs().mean() < 5e-6
+
+
+def test_two_shards_equal_one_process(nets, pair, tmp_path):  # noqa: F811
+    """Rollouts, text read apart from the passes, checkpointed blocks, clipping, both updates, the average;
+    and the student that is saved is whole, not a share."""
+    done = call(nets, tmp_path, "--steps=4", *[flag for flag in SHARD if flag != "--shard"])
+    assert done.returncode == 0, done.stderr
+    alike(pair, tmp_path)
+    assert read_header(pair / "student.safetensors")["kind"] == "student"
+    assert (pair / "before.png").exists() and (pair / "after.png").exists()
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_resumed_on_another_world_size(nets, pair, tmp_path, first, then):  # noqa: F811
+    """Both optimizers, the average and the balancer come along."""
+    flags = [f"--out={tmp_path}"]
+    assert call(nets, tmp_path, "--steps=2", *SHARD, *flags, processes=first).returncode == 0
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_000002"]
+    done = call(nets, tmp_path, "--steps=4", "--resume", *SHARD, *flags, processes=then)
+    assert done.returncode == 0, done.stderr
+    alike(pair, tmp_path)
+
+
+def test_a_missing_share_is_one_line(nets, pair, tmp_path):  # noqa: F811
+    out = shutil.copytree(pair, tmp_path / "run")
+    shares = sorted((out / "step_000004").glob("*.distcp"))
+    assert len(shares) == 2
+    shares[1].unlink()
+    done = call(nets, out, "--steps=6", "--resume", *SHARD)
+    assert done.returncode == 2 and "step_000004 cannot be read" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_shares_of_other_networks(nets, pair, tmp_path):  # noqa: F811
+    cfg = build("tiny", dict(dim=32, heads=2, ffn=32, layers=1, batch=4, device="cpu"))
+    run = prepare(cfg, Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
+    with pytest.raises(BadInput, match="cannot be read"):
+        load_shards(pair / "step_000004", {"stranger": run.student}, {})
