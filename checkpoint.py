@@ -97,6 +97,14 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
+def is_ours(path: Path) -> bool:
+    """Whether `save_weights` wrote a file."""
+    try:
+        return bool(read_header(path))
+    except BadInput:
+        return False
+
+
 def fingerprint(nets: Path, kinds: tuple[str, ...] = ("codec", "teacher", "causal", "reward")) -> str:
     """Of the tensors a run starts from; headers, which may be annotated, do not count."""
     digest = hashlib.sha256()

@@ -175,8 +175,12 @@ class Config:
 
     @property
     def pixel_frames(self) -> int:
-        """Frames of a decoded training clip; a causal codec decodes its first latent to one frame."""
-        return 1 + (self.frames - 1) * self.time_stride
+        """Frames of a decoded training clip."""
+        return self.pixels(self.chunks)
+
+    def pixels(self, chunks: int) -> int:
+        """Frames that many chunks decode to; a causal codec's first latent becomes one frame."""
+        return 1 + (chunks * self.chunk - 1) * self.time_stride if chunks else 0
 
 
 _MAY_BE_ZERO = (

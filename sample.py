@@ -3,16 +3,18 @@
     python sample.py --prompt "a red circle moving left slowly on a black background"
     python sample.py --prompt "a red ring moving up" --prompt "a blue ring moving down@48" --frames=96
     python sample.py --prompt "a green square moving right quickly" --init=clip.mp4 --out=out/more.gif
+    python sample.py wan-1.3b --wan=Wan2.1-T2V-1.3B-Diffusers --student=student.safetensors --prompt "..."
 
 --frames may be any number: mp4 is written as it is made and memory does not grow (gif and webp hold their
 frames). A prompt "...@48" takes over at frame 48: the cache is rebuilt with it, so the picture goes on and
 the meaning changes.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -22,15 +24,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_net, read_header, writable_folder, write_atomically
+from checkpoint import is_ours, load_net, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import BadInput, Config, cli, from_words, read_cli
+from config import PRESETS, BadInput, Config, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
 from graphs import CudaGraphs
 from model import RingCache
 from plot import contact_sheet, to_uint8
 from processes import pick_device
 from rollout import directly, stream
+from wan import load_text, load_vae, open_wan
 
 FORMATS = (".mp4", ".gif", ".webp")
 
@@ -44,6 +47,7 @@ class Flags:
     out: str = "out/sample.mp4"
     student: str = ""  # default assets/<preset>/stream_r1.safetensors
     codec: str = ""  # default: beside the student
+    wan: str = ""  # Wan2.1 in diffusers' format: codec and text; --student may then be another trainer's
     init: str = ""  # a clip or a picture to go on from
     graph: bool = True  # CUDA graphs; without a GPU there are none
 
@@ -51,13 +55,10 @@ class Flags:
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = check_output(flags)
-    student_path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
-    header = read_header(student_path)
-    cfg = student_config(header, preset, typed, flags.steps)
-    student = load_net(student_path, cfg, header["kind"]).to(torch.bfloat16 if cfg.bf16 else torch.float32)
-    codec = load_net(Path(flags.codec or student_path.with_name("codec.safetensors")), cfg, "codec")
+    cfg, student, codec, read = open_networks(preset, typed, flags)
+    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
     past = start_from(flags.init, codec, cfg)
-    texts = schedule(flags, cfg, header.get("vocabulary", "").split(), len(past))
+    texts = schedule(flags, cfg, read, len(past))
 
     call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
     seconds: list[float] = []
@@ -82,7 +83,8 @@ def main() -> None:
 def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, seconds: list) -> Iterator[Tensor]:
     """video01 (F 3 H W) chunk after chunk, the given ones first; notes the seconds each new one took."""
     decode, rngs = codec.stream(), [rng_for(flags.seed, "sample", 0)]
-    chunks = max(0, math.ceil(flags.frames / cfg.chunk) - len(past))
+    latents = 1 + math.ceil((flags.frames - 1) / cfg.time_stride)
+    chunks = max(0, math.ceil(latents / cfg.chunk) - len(past))
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
     with torch.inference_mode():
         yield from (decode(x)[0].float().cpu() for x in past)
@@ -95,13 +97,37 @@ def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, second
             start = time.perf_counter()
 
 
+def open_networks(preset: str, typed: dict, flags: Flags):
+    """→ config, student, codec, and what turns a prompt into text (1 l e). Raises BadInput."""
+    path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
+    if flags.wan and not flags.student:
+        raise BadInput("--wan has no few-step student inside; name one: --student=FILE")
+    header = {"kind": "student", "config": json.dumps(asdict(PRESETS.get(preset, Config())))}
+    foreign = flags.wan and not is_ours(path)
+    header = header if foreign else read_header(path)
+    cfg = student_config(header, preset, typed, flags.steps)
+    student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
+    if flags.wan:
+        text = load_text(flags.wan, cfg.text_length)
+        text.encoder.to(cfg.device)
+        return cfg, student, load_vae(flags.wan).to(cfg.device), lambda prompt: text([prompt])
+    codec = load_net(Path(flags.codec or path.with_name("codec.safetensors")), cfg, "codec")
+    vocabulary = header.get("vocabulary", "").split()
+
+    def read(prompt: str) -> Tensor:
+        return tokenize([understand(prompt, cfg, vocabulary)], cfg.text_length, cfg.text_width)
+
+    return cfg, student, codec, read
+
+
 def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config:
     """The config the student was trained with, then what was typed. Raises BadInput."""
     if steps < 0:
         raise BadInput(f"steps={steps} is not possible; allowed: 1 or more")
     if steps:
         typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
-    cfg = from_words(header["config"], {"device": "auto", "bf16": False} | typed)
+    precision = {} if preset == "wan-1.3b" else {"bf16": False}
+    cfg = from_words(header["config"], {"device": "auto"} | precision | typed)
     if cfg.preset != preset:
         raise BadInput(f"the student is of preset {cfg.preset!r}, asked for was {preset!r}")
     return replace(cfg, device=pick_device(cfg))
@@ -120,20 +146,20 @@ def check_output(flags: Flags) -> Path:
     return out
 
 
-def schedule(flags: Flags, cfg: Config, vocabulary: list[str], given: int) -> dict[int, Tensor]:
+def schedule(flags: Flags, cfg: Config, read, given: int) -> dict[int, Tensor]:
     """["A", "B@48"] → {chunk to be made: text (1 l e)}; `given` chunks come first. Raises BadInput."""
-    texts, step = {}, cfg.chunk * cfg.time_stride
-    last = given * step
+    texts, last = {}, cfg.pixels(given)
+    starts = {cfg.pixels(k): k for k in range(given, flags.frames)}
     for i, prompt in enumerate(flags.prompt):
         prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", str(last))
-        fine = bool(at) == bool(i) and frame.strip().isdigit() and int(frame) % step == 0
+        fine = bool(at) == bool(i) and frame.strip().isdigit() and int(frame) in starts
         if not fine or i and not last < int(frame) < flags.frames:
-            allowed = f"the first has no @, the others end in @FRAME, rising multiples of {step}"
+            where = ", ".join(str(cfg.pixels(k)) for k in (1, 2, 3))
+            allowed = f"the first has no @, the others end in @FRAME, where a chunk begins ({where}, ...)"
             between = f"after {last} and before --frames={flags.frames}"
             raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed} {between}")
         last = int(frame)
-        words = understand(prompt, cfg, vocabulary)
-        texts[last // step - given] = tokenize([words], cfg.text_length, cfg.text_width).to(cfg.device)
+        texts[starts[last] - given] = read(prompt).to(cfg.device)
     return texts
 
 
@@ -143,9 +169,9 @@ def start_from(path: str, codec: Codec, cfg: Config) -> tuple[Tensor, ...]:
     if not path:
         return ()
     video = read_clip(Path(path), cfg)
-    if len(video) < cfg.chunk:
-        video = torch.cat([video, video[-1:].expand(cfg.chunk - len(video), -1, -1, -1)])
-    count = min(len(video) // cfg.chunk, cfg.cached_chunks) * cfg.chunk
+    if len(video) < cfg.pixels(1):
+        video = torch.cat([video, video[-1:].expand(cfg.pixels(1) - len(video), -1, -1, -1)])
+    count = max(n for n in map(cfg.pixels, range(1, cfg.cached_chunks + 1)) if n <= len(video))
     return codec.encode(video[None, -count:].to(cfg.device).float() / 255).split(cfg.chunk, dim=1)
 
 

@@ -12,10 +12,9 @@ from model import VideoDiT
 from wan import WanCodec, load_text, load_vae, load_wan, rename, save_wan
 
 pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
+pytest.importorskip("transformers")
+import downloads  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
 
 @pytest.fixture
@@ -26,14 +25,6 @@ def cfg(tiny):
 @pytest.fixture
 def ours(cfg, build):
     return build(cfg)
-
-
-def theirs(cfg):
-    return WanTransformer3DModel(
-        patch_size=(cfg.patch_time, cfg.patch, cfg.patch), num_attention_heads=cfg.heads,
-        attention_head_dim=cfg.dim // cfg.heads, in_channels=cfg.channels, out_channels=cfg.channels,
-        text_dim=cfg.text_width, freq_dim=cfg.time_freqs, ffn_dim=cfg.ffn, num_layers=cfg.layers,
-    )  # fmt: skip
 
 
 def same(net, ours) -> bool:
@@ -70,7 +61,7 @@ def test_names_are_diffusers_own_at_full_size():
 @pytest.mark.parametrize("inner", ["", "transformer"])
 def test_a_folder_that_diffusers_wrote(cfg, tmp_path, size, inner):
     """Whole and in shards, alone and inside a pipeline's folder; the networks then agree."""
-    network = theirs(cfg).eval()
+    network = downloads.transformer(cfg).eval()
     network.save_pretrained(tmp_path / inner, max_shard_size=size)
     assert len(list(tmp_path.rglob("*.safetensors"))) > (1 if size == "20KB" else 0)
     net = load_wan(tmp_path, VideoDiT(cfg))
@@ -98,7 +89,7 @@ def test_saved_and_loaded_again(cfg, ours, tmp_path, diffusers):
     save_wan(path, ours, diffusers)
     assert same(load_wan(path, VideoDiT(cfg)), ours) and same(load_wan(tmp_path, VideoDiT(cfg)), ours)
     if diffusers:
-        theirs(cfg).load_state_dict(load_file(path), strict=True)
+        downloads.transformer(cfg).load_state_dict(load_file(path), strict=True)
 
 
 def test_a_net_on_the_meta_device(cfg, ours, tmp_path):
@@ -148,7 +139,7 @@ def test_unreadable(cfg, tmp_path):
     refused(tmp_path / "code.pt", "UnpicklingError")
     torch.save({"step": 3}, tmp_path / "other.pt")
     refused(tmp_path / "other.pt", "holds no network")
-    theirs(cfg).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    downloads.transformer(cfg).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     lost = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     shutil.move(lost, tmp_path / "elsewhere")
     refused(tmp_path / "sharded", "Missing key")
@@ -159,10 +150,7 @@ def test_unreadable(cfg, tmp_path):
 
 @pytest.fixture(scope="module")
 def vae():
-    """diffusers' class with random weights: 4 of 16 channels, their own means and deviations."""
-    torch.manual_seed(0)
-    stats = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [2.0, 1.5, 1.0, 0.5]}
-    return AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1, **stats).eval()
+    return downloads.vae()
 
 
 @pytest.fixture(scope="module")
@@ -230,21 +218,7 @@ def test_codec_from_a_folder(vae, video01, tmp_path, inner):
 
 @pytest.fixture(scope="module")
 def umt5(tmp_path_factory):
-    """A folder as diffusers has it: a tiny umT5 with random weights, a tokenizer of a dozen words."""
-    folder = tmp_path_factory.mktemp("umt5")
-    words = ["<pad>", "</s>", "<unk>", *"a cat dog runs on the red mat &".split()]
-    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    marks = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, **marks).save_pretrained(
-        folder / "tokenizer"
-    )
-    sizes = dict(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
-    torch.manual_seed(0)
-    encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes, dropout_rate=0.0)).eval()
-    encoder.save_pretrained(folder / "text_encoder")
-    return folder
+    return downloads.umt5(tmp_path_factory.mktemp("umt5"))
 
 
 @torch.no_grad()
@@ -270,7 +244,7 @@ def test_text_is_cut_at_its_length(umt5):
 
 def test_text_is_kept(umt5, tmp_path, monkeypatch):
     """The second time the encoder is not asked; another prompt is another file."""
-    text = load_text(umt5, tmp_path / "cache")
+    text = load_text(umt5, cache=tmp_path / "cache")
     first = text(["a cat", "a dog"])
     assert len(list((tmp_path / "cache").iterdir())) == 2
     monkeypatch.setattr(text.encoder, "forward", lambda **k: pytest.fail("asked again"))

@@ -1,0 +1,132 @@
+"""From Wan's files to a streamed clip: train.py and sample.py as people run them, on tiny random weights."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from config import PRESETS, cli
+from model import VideoDiT
+
+downloads = pytest.importorskip("downloads")
+
+SMALL = dict(height=32, width=48, frames=6, chunk=3, channels=4, dim=36, heads=3, ffn=48, layers=2,
+             time_freqs=16, text_length=8, text_width=24, batch=2, accumulate=1, critic_steps=1,
+             critic_warmup=0, steps=1)  # fmt: skip
+CFG = replace(PRESETS["wan-1.3b"], **SMALL)
+KEYS = [f"--{k}={v}" for k, v in SMALL.items()] + ["--device=cpu", "--no-bf16"]
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return downloads.wan(tmp_path_factory.mktemp("wan"), CFG)
+
+
+@pytest.fixture(scope="module")
+def videoreward(tmp_path_factory):
+    return downloads.videoreward(tmp_path_factory.mktemp("videoreward"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a cat runs on the red mat\n\na dog runs\n")
+    return path
+
+
+def run(monkeypatch, module, *argv):
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", "wan-1.3b", *map(str, argv)])
+    cli(module.main)
+
+
+@pytest.fixture
+def learn(monkeypatch, wan, videoreward, prompts):
+    def learn(out, *more):
+        own = (f"--wan={wan}", f"--videoalign={videoreward}", f"--data={prompts}", f"--out={out}")
+        run(monkeypatch, train, *own, *KEYS, *more)
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    return learn
+
+
+def test_a_step_and_a_stream(learn, wan, tmp_path, monkeypatch, capsys):
+    """Rollout, causal decoding, VideoAlign's scores and gradients, DMD, the critic; then a clip, chunk by
+    chunk, from the student that was left, with a prompt that changes on the way."""
+    [step] = learn(tmp_path / "run", "--max_bad=1")
+    assert step["grad_norm"] > 0 and step["critic"] > 0 and step["dropped"] == 0
+    assert step["w_intra_max"] > 1 and all(abs(step[axis]) < 100 for axis in ("VQ", "MQ", "TA"))
+    assert {"before.png", "after.png", "student.safetensors", "step_000001"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+    out, student = tmp_path / "clip.gif", tmp_path / "run" / "student.safetensors"
+    words = ["--prompt", "a cat runs", "--prompt", "a dog@21", "--frames=33", f"--out={out}"]
+    run(monkeypatch, sample, f"--wan={wan}", f"--student={student}", "--device=cpu", "--no-bf16", *words)
+    assert out.exists() and "frames/s" in capsys.readouterr().out
+
+
+def test_resumed_with_its_shards(learn, tmp_path):
+    whole = learn(tmp_path / "whole", "--steps=2")
+    learn(tmp_path / "parts", "--steps=1")
+    parts = learn(tmp_path / "parts", "--steps=2", "--resume")
+    assert [{k: v for k, v in m.items() if k != "seconds"} for m in parts] == [
+        {k: v for k, v in m.items() if k != "seconds"} for m in whole
+    ]
+
+
+def test_a_larger_teacher_and_anothers_student(learn, wan, tmp_path, monkeypatch):
+    """The teacher's size is read off its tensors; the student starts from a checkpoint of another trainer."""
+    large = replace(CFG, dim=48, heads=4, ffn=56, layers=3)
+    downloads.transformer(large).save_pretrained(tmp_path / "large")
+    torch.manual_seed(1)
+    other = VideoDiT(CFG)
+    torch.save({"generator": {f"model.{k}": v for k, v in other.state_dict().items()}}, tmp_path / "ode.pt")
+    more = (f"--teacher={tmp_path / 'large'}", f"--start={tmp_path / 'ode.pt'}", "--method=self_forcing")
+    [step] = learn(tmp_path / "run", "--lr=1e-12", *more)
+    assert step["grad_norm"] > 0
+    saved, start = load_file(tmp_path / "run" / "student.safetensors"), other.state_dict()
+    assert all(torch.equal(saved[k], start[k].half()) for k in start)
+    argv = (
+        f"--wan={wan}",
+        f"--student={tmp_path / 'ode.pt'}",
+        "--frames=9",
+        f"--out={tmp_path / 'clip.gif'}",
+    )
+    shape = [f"--{k}={v}" for k, v in SMALL.items() if k not in ("frames", "steps")]
+    run(monkeypatch, sample, *argv, *shape, "--device=cpu", "--no-bf16", "--prompt", "a cat")
+
+
+BAD = {
+    "no prompts": (["--data="], "goes with a file of prompts"),
+    "no reward": (["--videoalign="], "needs a reward: --videoalign=FOLDER"),
+    "no wan": (["--wan="], "goes with a file of prompts"),
+    "wrong folder": (["--wan=/nowhere"], "no weights at /nowhere"),
+    "wrong size": (["--layers=3"], "Missing key"),
+    "empty prompts": (["--data=EMPTY"], "holds no prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(learn, tmp_path, capsys, name):
+    argv, needle = BAD[name]
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(SystemExit) as stopped:
+        learn(tmp_path / "run", *[word.replace("EMPTY", str(tmp_path / "empty")) for word in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
+    assert stopped.value.code == 2 and len(lines) == 1 and needle in lines[0]
+
+
+def test_a_student_needs_its_own_wan(monkeypatch, wan, tmp_path, capsys):
+    net = VideoDiT(CFG)
+    save_file({f"x.{k}": v for k, v in net.state_dict().items()}, tmp_path / "odd.safetensors")
+    for argv, needle in (
+        ([f"--wan={wan}"], "--student"),
+        ([f"--wan={wan}", f"--student={tmp_path / 'odd.safetensors'}", *KEYS[:-2]], "does not fit"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(monkeypatch, sample, *argv, f"--out={tmp_path / 'x.gif'}", "--device=cpu")
+        assert stopped.value.code == 2 and needle in capsys.readouterr().err
