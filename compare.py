@@ -64,6 +64,12 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     # ours: how strongly the critic is tilted, and all of Stream-R1 on top
     "tilted-2": {"method": "tilted", "tilt": 2.0},
     "tilted-stream_r1": _SR1 | {"tilt": 6.0},
+    # ours: along the reward's gradient; and where there is more to gain, with two denoising steps
+    "steered-guidance3": {"method": "steered", "guidance": 3.0},
+    "windowed-2steps": PARTLESS | {"denoise": (1.0, 0.5)},
+    "stream_r1-2steps": _SR1 | {"denoise": (1.0, 0.5)},
+    "tilted-2steps": {"method": "tilted", "denoise": (1.0, 0.5)},
+    "steered-2steps": {"method": "steered", "denoise": (1.0, 0.5)},
     # the teacher's guidance
     "windowed-guidance3": PARTLESS | {"guidance": 3.0},
     "tilted-guidance3": {"method": "tilted", "guidance": 3.0},
@@ -78,8 +84,9 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 
 def reference(row: str) -> str:
     """What a row is compared with: the same cache without the row's own idea."""
-    if "guidance3" in row:
-        return f"{WINDOWED}-guidance3"
+    for setting in ("guidance3", "2steps"):
+        if setting in row:
+            return f"{WINDOWED}-{setting}"
     return WINDOWED if build("tiny", ROWS[row]).window else BASE
 
 

@@ -79,6 +79,7 @@ class Config:
     released_patch_order: bool = False  # scramble the spatial map as the released code does
     released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
+    steer: float = 0.0  # ours: size of the reward's own gradient beside the DMD gradient
     tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0
@@ -185,7 +186,7 @@ class Config:
 
 _MAY_BE_ZERO = (
     "codec_noise codec_straight window sink sink_decay context_t beta weight_cap balance_strength "
-    "floor_space floor_time motion tilt seed beta1 beta2 ema t_min critic_warmup"
+    "floor_space floor_time motion steer tilt seed beta1 beta2 ema t_min critic_warmup"
 ).split()
 
 
@@ -212,6 +213,7 @@ METHODS: dict[str, dict] = {
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
     "first_chunk_more": dict(_PLAIN, taper="first"),
     "tilted": dict(_PLAIN, tilt=6.0),
+    "steered": dict(_PLAIN, steer=5.0),
 }
 
 

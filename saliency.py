@@ -17,6 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from config import Config
+from reward import AXES
 
 
 def reward_saliency(reward, video01: Tensor, about, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,26 @@ def reward_saliency(reward, video01: Tensor, about, seen: Tensor | None = None) 
         nearest = seen[(frames[:, None] - seen).abs().argmin(1)]
         saliency = saliency[:, :, nearest.to(saliency.device)]
     return scores.detach(), saliency
+
+
+def reward_ascent(codec, reward, x: Tensor, about, cfg: Config) -> Tensor:
+    """Latents x (b f c h w) → the way to more reward, of the same shape, mean size 1 per sample, no gradient.
+
+    Ours: saliency keeps the size of the reward's gradient and drops its sign, this keeps both. The axes are
+    put together as their maps are, Σ_s softmax(-r / T)_s ∂r_s/∂x / mean|∂r_s/∂x|. With a student's KL to its
+    teacher descending along g, g - steer * ascent leads towards p_teacher exp(reward) as `tilt_weight` does,
+    sample by sample and further, and as far as the reward can be fooled also astray.
+    """
+    axes = [AXES.index(a) for a in cfg.axes]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        scores = reward(codec.decode(x), about)[:, axes]
+        grads = [torch.autograd.grad(r, x, retain_graph=True)[0] for r in scores.sum(0)]
+    grads = torch.stack(grads, dim=1)  # (b s f c h w)
+    a = (-scores.detach() / cfg.fuse_temperature).softmax(1)
+    each = grads / reduce(grads.abs(), "b s f c h w -> b s 1 1 1 1", "mean").clamp(min=1e-12)
+    up = (rearrange(a, "b s -> b s 1 1 1 1") * each).sum(1)
+    return up / reduce(up.abs(), "b f c h w -> b 1 1 1 1", "mean").clamp(min=1e-12)
 
 
 def to_latent_grid(saliency: Tensor, h: int, w: int, time_stride: int = 1) -> Tensor:

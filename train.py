@@ -34,7 +34,7 @@ from networks import Networks, own_networks, wan_networks
 from plot import contact_sheet
 from reward import AXES, Balancer, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
-from saliency import intra_weight, reward_saliency, to_latent_grid
+from saliency import intra_weight, reward_ascent, reward_saliency, to_latent_grid
 
 # may change between a run and its continuation
 FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device")
@@ -120,6 +120,9 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         with processes.autocast(cfg):
             g, finite = dmd_gradient(x, text, run.null, run.teacher, run.critic, t, noise, cfg.guidance,
                                      cfg.motion)  # fmt: skip
+            if cfg.steer:
+                up = reward_ascent(run.codec, run.reward, x.detach().nan_to_num(), about, cfg)
+                g, finite = g - cfg.steer * up, finite & up.isfinite().flatten(1).all(1)
         w = w.expand(len(x), -1, -1, -1, -1)
         if processes.may(finite.any(), cfg):
             loss = dmd_loss(x[finite], g[finite], w[finite]) * finite.float().mean()
@@ -311,7 +314,7 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
     out, source = checkpoint.writable_folder(flags.out), source_of(cfg)
     state = checkpoint.load_state(out, cfg, FREE, flags.resume)
-    weighted = bool(cfg.beta or cfg.space or cfg.time or cfg.tilt)
+    weighted = bool(cfg.beta or cfg.space or cfg.time or cfg.tilt or cfg.steer)
     if bool(flags.wan) != isinstance(source, PromptFile):
         raise BadInput(f"--data={cfg.data!r}: --wan=FOLDER goes with a file of prompts, and only with that")
     if flags.wan:

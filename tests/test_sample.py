@@ -95,7 +95,10 @@ BAD = {
     "empty": (["--prompt", ""], "empty"),
     "contradiction": (["--prompt", "a red blue circle"], "contradict"),
     "objects": (["--prompt", "a red ring and a blue ring"], "at most 1"),
-    "switch": (["--prompt", "a red ring", "--prompt", "a blue ring@3"], "where a chunk begins (4, 8, 12, ...)"),
+    "switch": (
+        ["--prompt", "a red ring", "--prompt", "a blue ring@3"],
+        "where a chunk begins (4, 8, 12, ...)",
+    ),
     "switch too late": (["--prompt", "a red ring", "--prompt", "a blue ring@64"], "before --frames=64"),
     "switch twice": (["--prompt", "a red ring", *["--prompt", "a blue ring@8"] * 2], "after 8"),
     "ending": (["--out=clip.avi"], ".mp4"),
