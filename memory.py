@@ -4,28 +4,33 @@
     python memory.py wan-1.3b --teacher_size=14b
 
 The step is run at its real shapes on tensors that have shapes and no numbers (torch's FakeTensorMode), and a
-tally of what is alive gives the peak. What FSDP2 spreads over processes is counted by hand. Each process
-works on one clip at a time (--accumulate = batch / processes).
+tally of what is alive gives the peak. What FSDP2 spreads over processes is counted by hand. The table is for
+one clip at a time (--accumulate = batch / processes). It takes a minute or two.
 """
 
 import weakref
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
-from config import Config
+from config import BadInput, Config, cli, from_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss
 from model import ListCache, VideoDiT
 from rollout import Given, denoise_chunk, remember_chunk, step_grid
+from wan import WanCodec
 
 WAN_SIZES = {"1.3b": {}, "14b": dict(dim=5120, ffn=13824, layers=40, heads=40)}
 GB = 1e9
-# Qwen2-VL-2B, from its config.json: parameters, and for text and vision layers x width
-REWARD, REWARD_TEXT, REWARD_VISION = 2.2e9, 28 * 1536, 32 * 1280
+# Qwen2-VL-2B, by its config.json: parameters, layers x width of text and vision; pixels a frame. 34 bytes a
+# token, layer and channel in bf16 are what a transformer keeps for a gradient (Korthikanti et al. 2022).
+REWARD, REWARD_TEXT, REWARD_VISION, LARGEST = 2.2e9, 28 * 1536, 32 * 1280, 448**2
 
 
 class Tally(TorchDispatchMode):
@@ -57,7 +62,6 @@ class Tally(TorchDispatchMode):
 @dataclass(frozen=True)
 class Flags:
     teacher_size: str = "1.3b"  # 1.3b | 14b
-    memory: float = 0.0  # of a GPU, in GB; 0: only print
 
 
 def networks(cfg: Config, teacher: Config, sharded: bool) -> tuple[VideoDiT, VideoDiT, VideoDiT]:
@@ -76,36 +80,60 @@ def networks(cfg: Config, teacher: Config, sharded: bool) -> tuple[VideoDiT, Vid
     return student, critic, frozen.requires_grad_(False)
 
 
-def rehearse(cfg: Config, teacher: Config, sharded: bool, fake: bool = True) -> dict[str, int]:
+@cache
+def rehearse(
+    cfg: Config, teacher: Config, sharded: bool, clips: int = 1, fake: bool = True
+) -> dict[str, int]:
     """Bytes at the peak of one process' student update and critic update, beyond weights and their gradients.
 
     `fake`: on tensors without numbers; else for real, which is how a test knows that the two agree.
     """
-    with FakeTensorMode() if fake else torch.no_grad(), torch.enable_grad():
+    with FakeTensorMode() if fake else nullcontext():
         student, critic, frozen = networks(cfg, teacher, sharded)
-        with Tally() as first, torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
-            text = torch.zeros(1, cfg.text_length, cfg.text_width)
-            given, cache, parts = Given(student, text), ListCache(student, cfg), []
-            for k in range(cfg.chunks):
-                grid = step_grid(cfg, k)
-                noise = [torch.zeros(1, cfg.chunk, *cfg.latent_shape) for _ in range(1 + len(grid))]
-                x0, kv = denoise_chunk(given, cache, grid, None, True, *noise[1:])
-                remember_chunk(given, cache, cfg, grid, None, kv, x0, noise[0])
-                parts.append(x0)
-            x = torch.cat(parts, 1)
-            t, eps = torch.full((1, cfg.frames), 0.5), torch.zeros_like(x)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16)
+        with Tally() as first, autocast:
+            text = torch.zeros(clips, cfg.text_length, cfg.text_width)
+            x = exit_passes(student, text, cfg)
+            t, eps = torch.full((clips, cfg.frames), 0.5), torch.zeros_like(x)
             g, _ = dmd_gradient(x, text, text, frozen, critic, t, eps, cfg.guidance, cfg.motion)
-            loss = dmd_loss(x, g)
-            loss.backward()
-        clip, noise = x.detach(), torch.zeros_like(x)
-        del given, cache, parts, x0, kv, x, g, loss, eps
-        with Tally() as second, torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
-            critic_loss(critic, clip, text, t, noise).sum().backward()
+            dmd_loss(x, g).backward()
+        clip = x.detach()
+        del x, g
+        with Tally() as second, autocast:
+            critic_loss(critic, clip, text, t, eps).sum().backward()
     return {"student update": first.peak, "critic update": second.peak}
 
 
-def estimate(cfg: Config, teacher: Config, processes: int) -> dict[str, float]:
-    """GB per process, by what they are for, and "total": what lasts and the larger of the two updates."""
+def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
+    """A rollout (b f c h w) of which every pass carries gradient; those before it leave nothing behind."""
+    given, cache, parts = Given(student, text), ListCache(student, cfg), []
+    for k in range(cfg.chunks):
+        noise, grid = torch.zeros(len(text), cfg.chunk, *cfg.latent_shape), step_grid(cfg, k)[-1:]
+        x0, kv = denoise_chunk(given, cache, grid, None, True, noise)
+        remember_chunk(given, cache, cfg, grid, None, kv, x0, noise)
+        parts.append(x0)
+    return torch.cat(parts, 1)
+
+
+@cache
+def judging(cfg: Config) -> dict[str, float]:
+    """Bytes of Wan's codec and VideoAlign's reward: their weights, and while they look at a rollout."""
+    from diffusers import AutoencoderKLWan
+
+    with FakeTensorMode(), torch.no_grad():
+        codec = WanCodec(AutoencoderKLWan())
+        with Tally() as tally:
+            codec.decode(torch.zeros(1, cfg.frames, *cfg.latent_shape))
+    weights = 4 * sum(p.numel() for p in codec.parameters()) + 2 * REWARD
+    seconds, cells = cfg.pixel_frames / cfg.fps, LARGEST / 14**2
+    patches = 2 * seconds / 2 * cells  # two frames a second, two frames a patch
+    gradients = 34 * (patches * REWARD_VISION + (patches / 4 + 800) * REWARD_TEXT)
+    return {"codec and reward": weights, "judging a rollout": max(tally.peak, gradients)}
+
+
+def estimate(cfg: Config, teacher: Config, processes: int, clips: int = 1) -> dict[str, float]:
+    """GB per process by what they are for. In "total": what lasts, the larger of the two updates, and the
+    judging, during which the student's graph is alive."""
     with torch.device("meta"):
         own, large = (sum(p.numel() for p in VideoDiT(c).parameters()) for c in (cfg, teacher))
     low, sharded = 2 if cfg.bf16 else 4, processes > 1
@@ -114,9 +142,38 @@ def estimate(cfg: Config, teacher: Config, processes: int) -> dict[str, float]:
         "their optimizers": 16 * own / processes,
         "gradients": 4 * own / processes,
         "teacher": low * large / processes,
+        "blocks in passing": sharded * 2 * low * max(own / cfg.layers, large / teacher.layers),
     }
-    if sharded:  # this block and the next, whole
-        lasting["blocks in passing"] = 2 * low * max(own / cfg.layers, large / teacher.layers)
-    peaks = rehearse(cfg, teacher, sharded)
-    found = lasting | peaks | {"total": sum(lasting.values()) + max(peaks.values())}
-    return {name: size / GB for name, size in found.items()}
+    peaks, judged = rehearse(cfg, teacher, sharded, clips), judging(cfg) if cfg.time_stride > 1 else {}
+    total = sum(lasting.values()) + max(peaks.values()) + sum(judged.values())
+    return {name: size / GB for name, size in (lasting | peaks | judged | {"total": total}).items()}
+
+
+def check(cfg: Config, teacher: Config, processes: int, available: float) -> None:
+    """Raises BadInput if a step will not fit into that many GB: before the weights are loaded, not after."""
+    clips = cfg.batch // (processes * cfg.accumulate)
+    needed = estimate(cfg, teacher, processes, clips)["total"]
+    if needed > available:
+        what = (
+            f"{processes} GPUs with {clips} clips each need about {needed:.0f} GB, there are {available:.0f}"
+        )
+        raise BadInput(
+            f"{what}; fewer clips: --accumulate={cfg.batch // processes}; python memory.py: the table"
+        )
+
+
+def main() -> None:
+    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    if flags.teacher_size not in WAN_SIZES:
+        allowed = " | ".join(WAN_SIZES)
+        raise BadInput(f"--teacher_size={flags.teacher_size} is not possible; allowed: {allowed}")
+    teacher = replace(cfg, **WAN_SIZES[flags.teacher_size])
+    found = {n: estimate(cfg, teacher, n) for n in tqdm((1, 2, 4, 8), desc="rehearsing")}
+    print("| GB per GPU, one clip each | " + " | ".join(f"{n} GPU" + "s" * (n > 1) for n in found) + " |")
+    print("|---" * (len(found) + 1) + "|")
+    for name in found[1]:
+        print(f"| {name} | " + " | ".join(f"{parts[name]:.1f}" for parts in found.values()) + " |")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import memory
 import processes
 from checkpoint import fingerprint, load_net
 from config import BadInput, Config
 from data import tokenize
 from model import VideoDiT
 from videoalign import load_videoalign
-from wan import load_text, load_vae, open_wan
+from wan import load_text, load_vae, open_wan, sized
 
 
 @dataclass
@@ -64,6 +65,10 @@ def wan_networks(cfg: Config, prompts: list[str], flags, weighted: bool) -> Netw
     teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
     teacher = teacher.to(torch.bfloat16 if cfg.bf16 else torch.float32)
     student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
+    if cfg.device == "cuda":
+        size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)
+        available = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / memory.GB
+        memory.check(cfg, size, processes.world(), available)
     codec = load_vae(flags.wan).requires_grad_(False).to(cfg.device)
     reward = load_videoalign(flags.videoalign, cfg.fps).to(cfg.device) if weighted else None
     text = load_text(flags.wan, cfg.text_length, Path(flags.out) / "text")
