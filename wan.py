@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import fit, writable_folder, write_atomically
 from config import BadInput, Config
@@ -145,7 +146,7 @@ class WanCodec(nn.Module):
         return (rearrange(z, "b c f h w -> b f c h w") - self.mean) / self.std
 
     def decode(self, x: Tensor) -> Tensor:
-        """A whole clip at once; differentiable."""
+        """A whole clip at once; differentiable: backwards, every latent is decoded a second time."""
         return self.stream()(x)
 
     def stream(self) -> Callable[[Tensor], Tensor]:
@@ -159,12 +160,21 @@ class WanCodec(nn.Module):
             z = self.vae.post_quant_conv(rearrange(x * self.std + self.mean, "b f c h w -> b c f h w"))
             frames = []
             for latent in z.split(1, dim=2):
-                first = {"first_chunk": True} if seen == 0 else {}
-                frames.append(self.vae.decoder(latent, feat_cache=memory, feat_idx=[0], **first))
+                args = (latent, seen == 0, list(memory))
+                again = z.requires_grad and torch.is_grad_enabled()
+                one = checkpoint(self._one, *args, use_reentrant=False) if again else self._one(*args)
+                frames.append(one[0])
+                memory[:] = one[1]
                 seen += 1
             return (rearrange(torch.cat(frames, 2), "b c f h w -> b f c h w") / 2 + 0.5).clamp(0, 1)
 
         return decode_next
+
+    def _one(self, latent: Tensor, first: bool, memory: list) -> tuple[Tensor, list]:
+        """One latent's frames, and what the next one needs to know of it."""
+        memory = list(memory)
+        more = {"first_chunk": True} if first else {}
+        return self.vae.decoder(latent, feat_cache=memory, feat_idx=[0], **more), memory
 
 
 def _causal_conv() -> type:

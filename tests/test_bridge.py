@@ -1,8 +1,11 @@
 """From Wan's files to a streamed clip: train.py and sample.py as people run them, on tiny random weights."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from model import VideoDiT
 
 downloads = pytest.importorskip("downloads")
 
+ROOT = Path(__file__).parent.parent
 SMALL = dict(height=32, width=48, frames=6, chunk=3, channels=4, dim=36, heads=3, ffn=48, layers=2,
              time_freqs=16, text_length=8, text_width=24, batch=2, accumulate=1, critic_steps=1,
              critic_warmup=0, steps=1)  # fmt: skip
@@ -76,6 +80,21 @@ def test_resumed_with_its_shards(learn, tmp_path):
     assert [{k: v for k, v in m.items() if k != "seconds"} for m in parts] == [
         {k: v for k, v in m.items() if k != "seconds"} for m in whole
     ]
+
+
+def test_two_processes_equal_one(wan, videoreward, prompts, tmp_path):
+    """Each encodes its share of the prompts, holds its share of every network, judges its own rollout."""
+    own = [f"--wan={wan}", f"--videoalign={videoreward}", f"--data={prompts}", *KEYS, "--batch=2"]
+    found = []
+    for n in (1, 2):
+        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        words = [*head, "train.py", "wan-1.3b", *own, f"--out={tmp_path / str(n)}"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / str(n) / "metrics.jsonl").read_text()))
+    for key in ("dmd", "critic", "VQ", "MQ", "TA", "w_inter", "grad_norm", "critic_grad_norm"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=2e-3, abs=1e-4), key
 
 
 def test_a_larger_teacher_and_anothers_student(learn, wan, tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """FSDP2: sharded over two gloo processes = one process; saved by two, continued by one, and the other way."""
 
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import call, metrics, nets  # noqa: F401  the fixture of tiny random nets
+from test_train import ENV, ROOT, call, command, metrics, nets  # noqa: F401  the fixture of tiny random nets
 
 from checkpoint import load_shards, read_header
 from config import BadInput, build
@@ -55,6 +58,20 @@ def test_resumed_on_another_world_size(nets, pair, tmp_path, first, then):  # no
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_000002"]
     done = call(nets, tmp_path, "--steps=4", "--resume", *SHARD, *flags, processes=then)
     assert done.returncode == 0, done.stderr
+    alike(pair, tmp_path)
+
+
+def test_two_launchers_make_one_run(nets, pair, tmp_path):  # noqa: F811
+    """As on two machines: each its own torchrun, which meet at an address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    words = command(nets, tmp_path, "--steps=4", *SHARD)[1:]
+    head = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    head += ["--rdzv_backend=c10d", f"--rdzv_endpoint={meet}", "--rdzv_id=tiny"]
+    quiet = dict(cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    machines = [subprocess.Popen([*head, *words], **quiet) for _ in range(2)]
+    assert [machine.wait(timeout=170) for machine in machines] == [0, 0]
     alike(pair, tmp_path)
 
 

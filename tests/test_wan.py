@@ -187,12 +187,15 @@ def test_codec_streams(vae, video01, parts):
 
 
 def test_codec_is_differentiable(vae, video01):
-    """Saliency and direct reward gradients go through it; time runs forwards only."""
+    """Time runs forwards only; computed twice, the gradient is that of diffusers' own decoding."""
     codec = WanCodec(vae)
     x = codec.encode(video01).detach().requires_grad_()
     codec.decode(x)[:, 1:5].sum().backward()
     reached = x.grad.abs().sum((0, 2, 3, 4))
     assert (reached[:2] > 0).all() and (reached[2:] == 0).all()
+    z = (x.detach() * codec.std + codec.mean).transpose(1, 2).requires_grad_()
+    (vae.decode(z).sample.transpose(1, 2) / 2 + 0.5).clamp(0, 1)[:, 1:5].sum().backward()
+    torch.testing.assert_close(x.grad, z.grad.transpose(1, 2) * codec.std, atol=1e-5, rtol=1e-4)
 
 
 def test_codec_refuses(vae, video01, tmp_path):
