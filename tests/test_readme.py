@@ -11,6 +11,7 @@ import pytest
 import bench
 import config
 import evaluate
+import memory
 import plot
 import pretrain
 import sample
@@ -20,7 +21,7 @@ from config import METHODS, PRESETS, Config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PRODUCT = sorted(ROOT.glob("*.py"))
-SCRIPTS = (train, sample, pretrain, evaluate, plot, bench)
+SCRIPTS = (train, sample, pretrain, evaluate, plot, bench, memory)
 FLAGS = {m.__name__: {f.name for f in fields(m.Flags)} for m in SCRIPTS}
 OWN = {f.name for f in fields(Config)}
 

@@ -7,7 +7,7 @@ import torch
 
 from config import Config
 from reward import RewardModel
-from saliency import factorise, fuse_axes, intra_weight, reward_saliency, to_latent_grid
+from saliency import factorise, fuse_axes, intra_weight, reward_ascent, reward_saliency, to_latent_grid
 
 FRAMES, H, W, CELL = 4, 3, 5, 8  # of the latent; nothing is square, so that swapped axes do not pass
 PIXELS = (FRAMES, 3, H * CELL, W * CELL)
@@ -208,3 +208,49 @@ def test_a_blind_reward_gives_ones():
     """Catches a crash or a NaN on a reward that has no gradient anywhere."""
     w = weights(lambda video01, text: 0 * video01.mean((2, 3, 4))[:, :3], uniform(0, 2, *PIXELS))
     assert torch.equal(w, torch.ones_like(w))
+
+
+# -- with its sign -----------------------------------------------------------------------------------------
+
+
+class Halved:
+    """A codec that changes sizes: pixels are latents times two."""
+
+    def decode(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("axes", [("VQ", "MQ", "TA"), ("TA", "VQ")])
+def test_ascent_is_the_closed_form(axes):
+    """For rewards that are linear in the pixels: directions of mean size 1, joined by softmax(-r / T)."""
+    cfg = replace(Config(), axes=axes, fuse_temperature=0.3)
+    d, x = uniform(0, 3, *PIXELS) - 0.3, uniform(1, 2, *PIXELS)
+    d = d * torch.tensor([1.0, 50.0, 0.1]).view(3, 1, 1, 1, 1)  # axes of unlike scales
+
+    def reward(video01, about):
+        return torch.einsum("bfchw,sfchw->bs", video01, d) / 100
+
+    up = reward_ascent(Halved(), reward, x, None, cfg)
+    own = [("VQ", "MQ", "TA").index(a) for a in axes]
+    a = (-reward(2 * x, None)[:, own] / 0.3).softmax(1)
+    each = (d / d.abs().mean((1, 2, 3, 4), keepdim=True))[own]
+    expected = torch.einsum("bs,sfchw->bfchw", a, each)
+    expected = expected / expected.abs().mean((1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(up, expected, atol=1e-4, rtol=1e-4)
+    assert not up.requires_grad
+
+
+def test_a_step_along_the_ascent_pays():
+    torch.manual_seed(0)
+    cfg = Config()
+    reward = RewardModel(cfg).eval()
+    x, text = uniform(0, 4, *PIXELS) / 2, uniform(1, 4, cfg.text_length, cfg.text_width)
+    up = reward_ascent(Halved(), reward, x, text, cfg)
+    with torch.no_grad():
+        before, after, down = (reward((2 * (x + s * up)).clamp(0, 1), text) for s in (0.0, 1e-3, -1e-3))
+    a = (-before).softmax(1)
+    assert ((a * after).sum(1) > (a * before).sum(1)).all() and (
+        (a * down).sum(1) < (a * before).sum(1)
+    ).all()
+    each = [reward_ascent(Halved(), reward, x[i : i + 1], text[i : i + 1], cfg) for i in range(4)]
+    torch.testing.assert_close(up, torch.cat(each), atol=1e-4, rtol=1e-4)

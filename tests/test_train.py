@@ -164,7 +164,7 @@ def test_accumulation_equals_one_batch(nets, tmp_path, monkeypatch):
     assert one["critic"] == pytest.approx(two["critic"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["self_forcing", "reward_forcing", "diagonal"])
+@pytest.mark.parametrize("method", ["self_forcing", "reward_forcing", "diagonal", "steered"])
 def test_every_method_takes_a_step(nets, tmp_path, monkeypatch, method):
     argv = (f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--steps=1", f"--method={method}")
     in_process(monkeypatch, train, *argv)

@@ -1,15 +1,20 @@
 """wan.py against the formats that people have: diffusers' own files, original names, training checkpoints."""
 
 import shutil
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import memory
+import wan
 from config import PRESETS, BadInput
 from model import VideoDiT
-from wan import WanCodec, load_text, load_vae, load_wan, rename, save_wan
+from videoalign import load_videoalign
+from wan import WanCodec, load_text, load_vae, load_wan, open_wan, rename, save_wan
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -260,3 +265,30 @@ def test_text_that_is_not_there(tmp_path, umt5):
     shutil.copytree(umt5 / "tokenizer", tmp_path / "tokenizer")
     with pytest.raises(BadInput, match="lacks a text_encoder"):
         load_text(tmp_path)
+
+
+# -- at real sizes, and without the extra ----------------------------------------
+
+
+@pytest.mark.parametrize("size, count", [("1.3b", 1_418_996_800), ("14b", 14_288_491_584)])
+def test_real_sizes_without_memory(monkeypatch, size, count):
+    """A wrapped checkpoint under diffusers' names, all of it on the meta device: the size is read off it."""
+    cfg = replace(PRESETS["wan-1.3b"], **memory.WAN_SIZES[size])
+    with torch.device("meta"):
+        state = VideoDiT(cfg).state_dict()
+    renamed = {rename(name, to_diffusers=True): x for name, x in state.items()}
+    monkeypatch.setattr(wan, "read_tensors", lambda path: renamed)
+    net = open_wan("somewhere", PRESETS["wan-1.3b"], exact=False)
+    assert sum(p.numel() for p in net.parameters()) == count
+    if size == "14b":
+        with pytest.raises(BadInput, match="somewhere does not fit the network"):
+            open_wan("somewhere", PRESETS["wan-1.3b"])
+
+
+@pytest.mark.parametrize(
+    "load, package", [("vae", "diffusers"), ("text", "transformers"), ("reward", "transformers")]
+)
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, load, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BadInput, match=r"pip install 'stream-r1\[wan\]'"):
+        {"vae": load_vae, "text": load_text, "reward": partial(load_videoalign, video_fps=16)}[load](tmp_path)
