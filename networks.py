@@ -63,7 +63,8 @@ def wan_networks(cfg: Config, prompts: list[str], flags, weighted: bool) -> Netw
         raise BadInput(f"method={cfg.method} needs a reward: --videoalign=FOLDER (or --method=self_forcing)")
     origin = {name: getattr(flags, name) for name in ("wan", "teacher", "start", "videoalign")}
     teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
-    teacher = teacher.to(torch.bfloat16 if cfg.bf16 else torch.float32)
+    for name, part in teacher.named_children():  # outside of the blocks, above all for time, fp32
+        part.to(torch.bfloat16 if cfg.bf16 and name == "blocks" else torch.float32)
     student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
     if cfg.device == "cuda":
         size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)

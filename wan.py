@@ -24,6 +24,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from checkpoint import fit, writable_folder, write_atomically
 from config import BadInput, Config
@@ -214,7 +215,7 @@ class WanText:
 
     def keep(self, prompts: list[str]) -> None:
         """Encode prompts ahead, onto the disk, so that the encoder is not asked again."""
-        for prompt in prompts:
+        for prompt in tqdm(prompts, desc="prompts"):
             self._states(prompt)
 
     def forget_encoder(self) -> None:

@@ -61,6 +61,37 @@ def test_resumed_on_another_world_size(nets, pair, tmp_path, first, then):  # no
     alike(pair, tmp_path)
 
 
+POISON = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+
+def poisoned(run, *key, micro, real=train.draw):
+    rngs, text, about = real(run, *key, micro=micro)
+    if run.rank == 1 and key[0] != "warm-up":
+        text[: 1 + key[1]] = float("nan")
+    return rngs, text, about
+
+train.draw = poisoned
+train.cli(train.main)
+"""
+
+
+def test_a_broken_rollout_leaves_nobody_waiting(nets, tmp_path):  # noqa: F811
+    """One process has one of its two rollouts broken in the first step, both in the second: the other one
+    must run every network as often as it does, and no weight may suffer."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISON.format(root=str(ROOT)))
+    words = command(nets, tmp_path / "out", "--steps=2", "--shard", "--balance_window=2", processes=2)
+    words[words.index("train.py")] = str(script)
+    done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    first, second = metrics(tmp_path / "out")
+    assert first["dropped"] == 2 and first["grad_norm"] > 0 and first["critic_grad_norm"] > 0
+    assert second["dropped"] >= 4 and second["grad_norm"] == second["critic_grad_norm"] == 0
+    assert weights(tmp_path / "out").isfinite().all()
+
+
 def test_two_launchers_make_one_run(nets, pair, tmp_path):  # noqa: F811
     """As on two machines: each its own torchrun, which meet at an address."""
     with socket.socket() as free:
