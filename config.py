@@ -141,9 +141,16 @@ class Config:
         enough = bool(self.data) or self.text_length > 4 * self.objects
         check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
+        local = self.time_stride == 1 or not self.steer
+        check("steer", local, "0 with Wan's codec: the way back through it takes 112 GB a clip")
         even = not any(size // self.stride % 2 for size in (self.height, self.width))
         check("released_patch_order", even or not self.released_patch_order, "with even latent sizes")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a reward takes part."""
+        return bool(self.beta or self.space or self.time or self.tilt or self.steer)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -201,7 +208,7 @@ PRESETS: dict[str, Config] = {
         patch=2, patch_time=1, dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512,
         text_width=4096, predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200,
         critic_steps=5, lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True,
-        checkpointing=True, shard=True, horizon=1, sink_decay=0.999,
+        checkpointing=True, shard=True, horizon=1, save_every=10, sink_decay=0.999,
     ),
 }  # fmt: skip
 

@@ -116,19 +116,19 @@ def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
 
 
 @cache
-def judging(cfg: Config) -> dict[str, float]:
-    """Bytes of Wan's codec and VideoAlign's reward: their weights, and while they look at a rollout."""
+def judging(cfg: Config, clips: int) -> dict[str, float]:
+    """Bytes of Wan's codec and VideoAlign's reward: their weights, and while they look at rollouts."""
     from diffusers import AutoencoderKLWan
 
     with FakeTensorMode(), torch.no_grad():
         codec = WanCodec(AutoencoderKLWan())
         with Tally() as tally:
-            codec.decode(torch.zeros(1, cfg.frames, *cfg.latent_shape))
+            codec.decode(torch.zeros(clips, cfg.frames, *cfg.latent_shape))
     weights = 4 * sum(p.numel() for p in codec.parameters()) + 2 * REWARD
     seconds, cells = cfg.pixel_frames / cfg.fps, LARGEST / 14**2
     patches = 2 * seconds / 2 * cells  # two frames a second, two frames a patch
-    gradients = 34 * (patches * REWARD_VISION + (patches / 4 + 800) * REWARD_TEXT)
-    return {"codec and reward": weights, "judging a rollout": max(tally.peak, gradients)}
+    gradients = 34 * clips * (patches * REWARD_VISION + (patches / 4 + 800) * REWARD_TEXT)
+    return {"codec and reward": weights, "judging rollouts": max(tally.peak, gradients)}
 
 
 def estimate(cfg: Config, teacher: Config, processes: int, clips: int = 1) -> dict[str, float]:
@@ -136,21 +136,23 @@ def estimate(cfg: Config, teacher: Config, processes: int, clips: int = 1) -> di
     judging, during which the student's graph is alive."""
     with torch.device("meta"):
         own, large = (sum(p.numel() for p in VideoDiT(c).parameters()) for c in (cfg, teacher))
-    low, sharded = 2 if cfg.bf16 else 4, processes > 1
+    low, sharded = 2 if cfg.bf16 else 4, cfg.shard and processes > 1
+    share = processes if sharded else 1
     lasting = {
-        "student, average, critic": 12 * own / processes,
-        "their optimizers": 16 * own / processes,
-        "gradients": 4 * own / processes,
-        "teacher": low * large / processes,
+        "student, average, critic": 12 * own / share,
+        "their optimizers": 16 * own / share,
+        "gradients": 4 * own / share,
+        "teacher": low * large / share,
         "blocks in passing": sharded * 2 * low * max(own / cfg.layers, large / teacher.layers),
     }
-    peaks, judged = rehearse(cfg, teacher, sharded, clips), judging(cfg) if cfg.time_stride > 1 else {}
+    judges = cfg.time_stride > 1 and cfg.weighted
+    peaks, judged = rehearse(cfg, teacher, sharded, clips), judging(cfg, clips) if judges else {}
     total = sum(lasting.values()) + max(peaks.values()) + sum(judged.values())
     return {name: size / GB for name, size in (lasting | peaks | judged | {"total": total}).items()}
 
 
 def check(cfg: Config, teacher: Config, processes: int, available: float) -> None:
-    """Raises BadInput if a step will not fit into that many GB: before the weights are loaded, not after."""
+    """Raises BadInput if a step will not fit into that many GB: before anything is put there, not after."""
     clips = cfg.batch // (processes * cfg.accumulate)
     needed = estimate(cfg, teacher, processes, clips)["total"]
     if needed > available:

@@ -266,7 +266,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(3).unbind(2)
         y, kv = self.self_attn(_modulate(x, shift1, scale1), angles, past, mask)
         x = _gate(x, y, gate1)
-        x = x + self.cross_attn(self.norm3(x), words)
+        x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)), words)
         return _gate(x, self.ffn(_modulate(x, shift2, scale2)), gate2), kv
 
 

@@ -5,6 +5,7 @@ average, a critic that starts as the teacher, a reward, and something that reads
 """
 
 import copy
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from checkpoint import fingerprint, load_net
 from config import BadInput, Config
 from data import tokenize
 from model import VideoDiT
-from videoalign import load_videoalign
+from videoalign import load_videoalign, refuse_marks
 from wan import load_text, load_vae, open_wan, sized
 
 
@@ -36,9 +37,9 @@ class Networks:
     null: Tensor  # (1 l e): the text that guidance leads away from
 
 
-def own_networks(cfg: Config, nets: Path, start: str, weighted: bool) -> Networks:
+def own_networks(cfg: Config, nets: Path, start: str) -> Networks:
     """Those pretrain.py left in the folder `nets`. Raises BadInput."""
-    kinds = ("codec", "teacher", *["causal"] * (not start), *["reward"] * weighted)
+    kinds = ("codec", "teacher", *["causal"] * (not start), *["reward"] * cfg.weighted)
     origin = {"nets": fingerprint(nets, kinds), "start": start}
 
     def made(kind: str, path: str = "") -> nn.Module:
@@ -46,34 +47,35 @@ def own_networks(cfg: Config, nets: Path, start: str, weighted: bool) -> Network
 
     codec, teacher = (made(kind).requires_grad_(False) for kind in ("codec", "teacher"))
     student, critic = made("causal", start), made("teacher")
-    reward = made("reward").requires_grad_(False) if weighted else None
+    reward = made("reward").requires_grad_(False) if cfg.weighted else None
     read = partial(tokenize, length=cfg.text_length, width=cfg.text_width)
     null = torch.zeros(1, cfg.text_length, cfg.text_width, device=cfg.device)
     return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
 
 
-def wan_networks(cfg: Config, prompts: list[str], flags, weighted: bool) -> Networks:
+def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
     """Wan2.1 from the folder flags.wan, in diffusers' format. flags.teacher: another, larger teacher's;
     flags.start: where the student starts, such as Self-Forcing's ode_init.pt; flags.videoalign: the reward.
 
     The teacher is kept in bf16 if cfg.bf16, what is trained in fp32. Every prompt is encoded once, by one
     process or another, and kept on disk; then the text encoder, 11 GB, leaves memory. Raises BadInput.
     """
-    if weighted and not flags.videoalign:
+    if cfg.weighted and not flags.videoalign:
         raise BadInput(f"method={cfg.method} needs a reward: --videoalign=FOLDER (or --method=self_forcing)")
-    origin = {name: getattr(flags, name) for name in ("wan", "teacher", "start", "videoalign")}
+    if cfg.weighted:
+        refuse_marks(prompts)
     teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
     for name, part in teacher.named_children():  # outside of the blocks, above all for time, fp32
         part.to(torch.bfloat16 if cfg.bf16 and name == "blocks" else torch.float32)
     student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
     if cfg.device == "cuda":
         size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)
-        available = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / memory.GB
-        memory.check(cfg, size, processes.world(), available)
+        memory.check(cfg, size, processes.world(), torch.cuda.mem_get_info()[0] / memory.GB)
+    traced = [x for net in (teacher, student, critic) for x in net.state_dict().values()]
+    origin = {"weights": trace(traced), "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
     codec = load_vae(flags.wan).requires_grad_(False).to(cfg.device)
-    reward = load_videoalign(flags.videoalign, cfg.fps).to(cfg.device) if weighted else None
-    text = load_text(flags.wan, cfg.text_length, Path(flags.out) / "text")
-    text.encoder.to(cfg.device)
+    reward = load_videoalign(flags.videoalign, cfg.fps).to(cfg.device) if cfg.weighted else None
+    text = load_text(flags.wan, cfg.text_length, Path(flags.out) / "text", cfg.device, cfg.bf16)
     text.keep([*prompts, cfg.negative][processes.rank() :: processes.world()])
     processes.wait()
     text.forget_encoder()
@@ -83,3 +85,11 @@ def wan_networks(cfg: Config, prompts: list[str], flags, weighted: bool) -> Netw
 
     null = text([cfg.negative]).to(cfg.device)
     return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
+
+
+def trace(tensors: list[Tensor]) -> str:
+    """Tells weights apart by the first numbers of every tensor: reading all of Wan's takes minutes."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(x.flatten()[:64].float().numpy().tobytes())
+    return digest.hexdigest()[:12]

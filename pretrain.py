@@ -24,7 +24,7 @@ import checkpoint
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
 from corrupt import pairs, worse_looks, worse_motion
-from data import randn, rng_for, source_of, tokenize
+from data import PromptFile, randn, rng_for, source_of, tokenize
 from model import VideoDiT, add_noise, shift_time, teacher_forcing, to_x0
 from plot import contact_sheet
 from processes import pick_device
@@ -351,6 +351,8 @@ def main() -> None:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
     out = checkpoint.writable_folder(flags.out)
     source = source_of(cfg, drop_words=0.1)
+    if isinstance(source, PromptFile):
+        raise BadInput(f"--data={cfg.data} is a file of prompts; networks are made from a folder of clips")
     for name in NEEDED if flags.stage == "all" else (flags.stage,):
         own = {k: getattr(flags, k) for k in ("steps", "batch", "lr") if getattr(flags, k)}
         stage = replace(STAGES[name], **own)

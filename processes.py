@@ -5,6 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -46,11 +47,12 @@ def shard(net: nn.Module, cfg: Config) -> nn.Module:
     in fp32. The text is read once a rollout, apart from the passes: cross-attention is a unit of its own.
     """
     low = MixedPrecisionPolicy(torch.bfloat16 if cfg.bf16 else None, torch.float32, cast_forward_inputs=False)
+    how = dict(mesh=init_device_mesh(cfg.device, (world(),)), reshard_after_forward=True)
     for block in net.blocks:
-        fully_shard(block.cross_attn, mp_policy=low, reshard_after_forward=True)
+        fully_shard(block.cross_attn, mp_policy=low, **how)
         register_fsdp_forward_method(block.cross_attn, "read")
-        fully_shard(block, mp_policy=low, reshard_after_forward=True)
-    fully_shard(net, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=True)
+        fully_shard(block, mp_policy=low, **how)
+    fully_shard(net, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
     for method in ("run", "read_time", "read_text"):
         register_fsdp_forward_method(net, method)
     return net

@@ -4,6 +4,7 @@
     python sample.py --prompt "a red ring moving up" --prompt "a blue ring moving down@48" --frames=96
     python sample.py --prompt "a green square moving right quickly" --init=clip.mp4 --out=out/more.gif
     python sample.py wan-1.3b --wan=Wan2.1-T2V-1.3B-Diffusers --student=student.safetensors --prompt "..."
+    (and --method=self_forcing or another one if the student is not this project's)
 
 --frames may be any number: mp4 is written as it is made and memory does not grow (gif and webp hold their
 frames). A prompt "...@48" takes over at frame 48: the cache is rebuilt with it, so the picture goes on and
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoint import is_ours, load_net, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import PRESETS, BadInput, Config, cli, from_words, read_cli
+from config import METHODS, BadInput, Config, build, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
 from graphs import CudaGraphs
 from model import RingCache
@@ -56,9 +57,10 @@ def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = check_output(flags)
     cfg, student, codec, read = open_networks(preset, typed, flags)
-    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-    past = start_from(flags.init, codec, cfg)
+    past = start_from(flags.init, codec.to(cfg.device), cfg)
     texts = schedule(flags, cfg, read, len(past))
+    del read  # and with it a text encoder that is larger than all else
+    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
 
     call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
     seconds: list[float] = []
@@ -102,15 +104,16 @@ def open_networks(preset: str, typed: dict, flags: Flags):
     path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
     if flags.wan and not flags.student:
         raise BadInput("--wan has no few-step student inside; name one: --student=FILE")
-    header = {"kind": "student", "config": json.dumps(asdict(PRESETS.get(preset, Config())))}
     foreign = flags.wan and not is_ours(path)
-    header = header if foreign else read_header(path)
+    if foreign and "method" not in typed:
+        raise BadInput(f"{path} does not say how it remembers; say it: --method={' | '.join(METHODS)}")
+    made = json.dumps(asdict(build(preset, typed))) if foreign else ""
+    header = {"kind": "student", "config": made} if foreign else read_header(path)
     cfg = student_config(header, preset, typed, flags.steps)
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
     if flags.wan:
-        text = load_text(flags.wan, cfg.text_length)
-        text.encoder.to(cfg.device)
-        return cfg, student, load_vae(flags.wan).to(cfg.device), lambda prompt: text([prompt])
+        text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
+        return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
     codec = load_net(Path(flags.codec or path.with_name("codec.safetensors")), cfg, "codec")
     vocabulary = header.get("vocabulary", "").split()
 

@@ -282,6 +282,8 @@ def select(run: Run) -> dict[str, float]:
         stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
         score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
         score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
+    if run.cfg.shard:  # all processes come to one decision
+        score = processes.mean({"score": score}, run.cfg.device)["score"]
     if score >= run.best:
         run.best = score
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
@@ -296,7 +298,9 @@ def sheet(run: Run, name: str, net: nn.Module) -> None:
     clips = min(6, run.cfg.batch // (run.world * run.cfg.accumulate))
     video01, prompts = imagine(run, net, clips, run.cfg.chunks)
     if run.rank == 0:
-        contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)))
+        many = video01.shape[1] > 32
+        how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
+        contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)), **how)
 
 
 def log(run: Run, stats: dict, bar) -> None:
@@ -314,13 +318,12 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
     out, source = checkpoint.writable_folder(flags.out), source_of(cfg)
     state = checkpoint.load_state(out, cfg, FREE, flags.resume)
-    weighted = bool(cfg.beta or cfg.space or cfg.time or cfg.tilt or cfg.steer)
     if bool(flags.wan) != isinstance(source, PromptFile):
         raise BadInput(f"--data={cfg.data!r}: --wan=FOLDER goes with a file of prompts, and only with that")
     if flags.wan:
-        nets = wan_networks(cfg, source.prompts, flags, weighted)
+        nets = wan_networks(cfg, source.prompts, flags)
     else:
-        nets = own_networks(cfg, Path(flags.nets or f"assets/{cfg.preset}"), flags.start, weighted)
+        nets = own_networks(cfg, Path(flags.nets or f"assets/{cfg.preset}"), flags.start)
     if state and state.get("origin") != nets.origin:
         raise BadInput(f"--resume: {out} began from other weights: {state.get('origin')}, not {nets.origin}")
     for net in (nets.teacher, nets.student, nets.ema, nets.critic):

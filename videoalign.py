@@ -104,16 +104,22 @@ class VideoAlignReward(nn.Module):
 
     def tokens(self, prompts: list[str], video_tokens: int) -> Tensor:
         """The whole question, one row a prompt (b l), padded at its end. Raises BadInput."""
+        refuse_marks(prompts)
         rows = []
         for prompt in prompts:
-            if "<|" in prompt:
-                raise BadInput(f"the prompt {prompt[:60]!r} holds the mark of a special token, '<|'")
             question = {"type": "text", "text": self.template.format(text_prompt=prompt)}
             chat = [{"role": "user", "content": [{"type": "video"}, question]}]
             words = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             words = words.replace("<|video_pad|>", "<|video_pad|>" * video_tokens)
             rows.append(torch.tensor(self.tokenizer(words).input_ids))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def refuse_marks(prompts: list[str]) -> None:
+    """Raises BadInput for a prompt that would be taken for more than words."""
+    for prompt in prompts:
+        if "<|" in prompt:
+            raise BadInput(f"the prompt {prompt[:60]!r} holds the mark of a special token, '<|'")
 
 
 def load_videoalign(folder: str | Path, video_fps: float) -> VideoAlignReward:

@@ -16,6 +16,7 @@ import html
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -147,7 +148,8 @@ class WanCodec(nn.Module):
         return (rearrange(z, "b c f h w -> b f c h w") - self.mean) / self.std
 
     def decode(self, x: Tensor) -> Tensor:
-        """A whole clip at once; differentiable: backwards, every latent is decoded a second time."""
+        """A whole clip at once; differentiable, every latent decoded a second time on the way back. Even so a
+        gradient takes 112 GB at 81 frames of 480 x 832, so nothing that is trained asks for it."""
         return self.stream()(x)
 
     def stream(self) -> Callable[[Tensor], Tensor]:
@@ -195,10 +197,18 @@ def load_vae(path: str | Path) -> WanCodec:
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         try:
-            return WanCodec(AutoencoderKLWan.from_pretrained(folder, local_files_only=True))
+            found = AutoencoderKLWan.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            return WanCodec(complete(*found, folder))
         except (OSError, ValueError, RuntimeError) as error:
             raise BadInput(f"{folder} holds no Wan VAE: {str(error).splitlines()[0]}") from error
     return WanCodec(fit(AutoencoderKLWan(), convert_wan_vae_to_diffusers(read_tensors(path)), path))
+
+
+def complete(net: nn.Module, info: dict, path: Path, given: tuple[str, ...] = ()) -> nn.Module:
+    """What a file lacks diffusers and transformers leave at random, with a notice: here it is BadInput."""
+    if lost := sorted(set(info["missing_keys"]) - set(given)):
+        raise BadInput(f"{path} lacks {len(lost)} tensors: {' '.join(lost[:3])}")
+    return net
 
 
 # -- text ----------------------------------------
@@ -206,35 +216,40 @@ class WanText:
     """Prompts → (b 512 4096): umT5's states, zero after the prompt's end, as Wan was trained on them.
 
     Wan attends to all 512 places, so zeros are part of its input. With a `folder`, the states of every prompt
-    are kept there and the encoder (11 GB) is asked once a prompt; another encoder needs another folder.
+    are kept there and the encoder (11 GB in bf16) is asked once a prompt, loaded when it first is; another
+    encoder needs another folder.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer, folder: str | Path = "", length: int = 512):
-        self.encoder, self.tokenizer, self.length = encoder.eval(), tokenizer, length
+    def __init__(self, make_encoder: Callable[[], nn.Module], tokenizer, folder: str | Path = "", length=512):
+        self.make_encoder, self.tokenizer, self.length = make_encoder, tokenizer, length
         self.folder = writable_folder(str(folder)) if folder else None
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        return self.make_encoder().eval()
+
+    def forget_encoder(self) -> None:
+        """Free its memory."""
+        self.__dict__.pop("encoder", None)
 
     def keep(self, prompts: list[str]) -> None:
         """Encode prompts ahead, onto the disk, so that the encoder is not asked again."""
         for prompt in tqdm(prompts, desc="prompts"):
             self._states(prompt)
 
-    def forget_encoder(self) -> None:
-        """Free its memory; from now on only prompts that are kept on disk can be read."""
-        self.encoder = None
-
     def __call__(self, prompts: list[str]) -> Tensor:
         return torch.stack([F.pad(x, (0, 0, 0, self.length - len(x))) for x in map(self._states, prompts)])
 
     @torch.no_grad()
     def _states(self, prompt: str) -> Tensor:
-        """(l 4096) for the prompt's own tokens, the end mark included."""
-        words = " ".join(html.unescape(html.unescape(prompt)).split())
+        """(l 4096) for the prompt's own tokens, the end mark included; cleaned as Wan cleans prompts."""
+        import ftfy
+
+        words = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
         name = hashlib.sha256(f"{self.length} {words}".encode()).hexdigest()[:24]
         path = self.folder / f"{name}.safetensors" if self.folder else None
         if path and path.is_file():
             return load_file(path)["states"]
-        if self.encoder is None:
-            raise ValueError(f"{prompt[:60]!r} is not on disk and the encoder is gone")
         tokens = self.tokenizer(words, truncation=True, max_length=self.length, return_tensors="pt")
         device = next(self.encoder.parameters()).device
         given = {k: tokens[k].to(device) for k in ("input_ids", "attention_mask")}
@@ -244,20 +259,30 @@ class WanText:
         return states
 
 
-def load_text(path: str | Path, length: int = 512, cache: str | Path = "") -> WanText:
-    """A folder in diffusers' format, text_encoder/ and tokenizer/ inside. Raises BadInput."""
+def load_text(path: str | Path, length=512, cache: str | Path = "", device="cpu", bf16=False) -> WanText:
+    """A folder in diffusers' format, text_encoder/ and tokenizer/ inside. Raises BadInput, for the encoder
+    when it is first asked."""
     try:
+        import ftfy  # noqa: F401
         from transformers import AutoTokenizer, UMT5EncoderModel
     except ImportError as error:
-        raise BadInput("Wan's text encoder needs transformers: pip install 'stream-r1[wan]'") from error
+        raise BadInput("Wan's text needs transformers and ftfy: pip install 'stream-r1[wan]'") from error
     folder = Path(path)
+
+    def make_encoder() -> nn.Module:
+        how = dict(dtype=torch.bfloat16 if bf16 else torch.float32, output_loading_info=True)
+        encoder, info = _readable(UMT5EncoderModel, folder / "text_encoder", **how)
+        encoder.encoder.embed_tokens = encoder.shared  # files have one of the two, whatever their config says
+        return complete(encoder, info, folder, ("encoder.embed_tokens.weight",)).to(device)
+
+    return WanText(make_encoder, _readable(AutoTokenizer, folder / "tokenizer"), cache, length)
+
+
+def _readable(kind, folder: Path, **how):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True, **how)
     except (OSError, ValueError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
-        raise BadInput(f"{folder} lacks a text_encoder/ or tokenizer/ that can be read: {said}") from error
-    return WanText(encoder, tokenizer, cache, length)
+        raise BadInput(f"{folder} cannot be read: {(str(error) or 'empty').splitlines()[0]}") from error
 
 
 # -- saving ----------------------------------------

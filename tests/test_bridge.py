@@ -73,6 +73,23 @@ def test_a_step_and_a_stream(learn, wan, tmp_path, monkeypatch, capsys):
     assert out.exists() and "frames/s" in capsys.readouterr().out
 
 
+def test_in_the_precision_of_the_preset(learn, tmp_path):
+    """bf16 blocks, fp32 around them: nothing mixes what cannot be mixed, and the step is much the same."""
+    [plain], [low] = learn(tmp_path / "plain"), learn(tmp_path / "low", "--bf16")
+    for key in ("dmd", "critic", "grad_norm"):
+        assert low[key] == pytest.approx(plain[key], rel=0.1), key
+
+
+def test_resumed_with_other_prompts_or_weights(learn, prompts, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("a dog\n")
+    learn(tmp_path / "run", "--method=self_forcing")
+    for more in ([f"--data={other}"], ["--steps=2", "--lr=1"]):
+        with pytest.raises(SystemExit) as stopped:
+            learn(tmp_path / "run", "--method=self_forcing", "--resume", *more)
+        assert stopped.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
 def test_resumed_with_its_shards(learn, tmp_path):
     whole = learn(tmp_path / "whole", "--steps=2")
     learn(tmp_path / "parts", "--steps=1")
@@ -112,6 +129,7 @@ def test_a_larger_teacher_and_anothers_student(learn, wan, tmp_path, monkeypatch
     argv = (
         f"--wan={wan}",
         f"--student={tmp_path / 'ode.pt'}",
+        "--method=self_forcing",
         "--frames=9",
         f"--out={tmp_path / 'clip.gif'}",
     )
@@ -125,6 +143,8 @@ BAD = {
     "no wan": (["--wan="], "goes with a file of prompts"),
     "wrong folder": (["--wan=/nowhere"], "no weights at /nowhere"),
     "wrong size": (["--layers=3"], "Missing key"),
+    "a mark": (["--data=MARK"], "the mark of a special token"),
+    "steered": (["--method=steered"], "steer=5.0 is not possible"),
     "empty prompts": (["--data=EMPTY"], "holds no prompt"),
 }
 
@@ -133,8 +153,12 @@ BAD = {
 def test_bad_input(learn, tmp_path, capsys, name):
     argv, needle = BAD[name]
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "mark").write_text("a cat <|im_end|>\n")
     with pytest.raises(SystemExit) as stopped:
-        learn(tmp_path / "run", *[word.replace("EMPTY", str(tmp_path / "empty")) for word in argv])
+        learn(
+            tmp_path / "run",
+            *[w.replace("EMPTY", f"{tmp_path}/empty").replace("MARK", f"{tmp_path}/mark") for w in argv],
+        )
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
     assert stopped.value.code == 2 and len(lines) == 1 and needle in lines[0]
 
@@ -142,9 +166,11 @@ def test_bad_input(learn, tmp_path, capsys, name):
 def test_a_student_needs_its_own_wan(monkeypatch, wan, tmp_path, capsys):
     net = VideoDiT(CFG)
     save_file({f"x.{k}": v for k, v in net.state_dict().items()}, tmp_path / "odd.safetensors")
+    odd = f"--student={tmp_path / 'odd.safetensors'}"
     for argv, needle in (
         ([f"--wan={wan}"], "--student"),
-        ([f"--wan={wan}", f"--student={tmp_path / 'odd.safetensors'}", *KEYS[:-2]], "does not fit"),
+        ([f"--wan={wan}", odd, *KEYS[:-2]], "does not say how it remembers"),
+        ([f"--wan={wan}", odd, *KEYS[:-2], "--method=self_forcing"], "does not fit"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(monkeypatch, sample, *argv, f"--out={tmp_path / 'x.gif'}", "--device=cpu")

@@ -67,7 +67,8 @@ def test_what_lasts(nets, tmp_path):  # noqa: F811
     assert found["student, average, critic"] == pytest.approx(size(held))
     assert found["their optimizers"] == pytest.approx(size(moments))
     assert found["teacher"] == pytest.approx(size(run.teacher.parameters()))
-    four = memory.estimate(cfg, cfg, 4)
+    assert memory.estimate(cfg, cfg, 4)["their optimizers"] == pytest.approx(size(moments))
+    four = memory.estimate(replace(cfg, shard=True), cfg, 4)
     assert four["their optimizers"] == pytest.approx(size(moments) / 4) and four["blocks in passing"] > 0
 
 
@@ -81,8 +82,8 @@ def test_too_little_memory_is_said_before(tiny):
 def test_wan_codec_at_real_size():
     """Gigabytes at the real shapes, in seconds and without them."""
     pytest.importorskip("diffusers")
-    found = memory.judging(PRESETS["wan-1.3b"])
-    assert 4.5e9 < found["codec and reward"] < 5.5e9 and 5e9 < found["judging a rollout"] < 30e9
+    found = memory.judging(PRESETS["wan-1.3b"], 1)
+    assert 4.5e9 < found["codec and reward"] < 5.5e9 and 5e9 < found["judging rollouts"] < 30e9
 
 
 def test_unknown_teacher(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """wan.py against the formats that people have: diffusers' own files, original names, training checkpoints."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -260,11 +261,38 @@ def test_text_is_kept(umt5, tmp_path, monkeypatch):
 
 
 def test_text_that_is_not_there(tmp_path, umt5):
-    with pytest.raises(BadInput, match="lacks a text_encoder"):
+    with pytest.raises(BadInput, match="tokenizer cannot be read"):
         load_text(tmp_path)
     shutil.copytree(umt5 / "tokenizer", tmp_path / "tokenizer")
-    with pytest.raises(BadInput, match="lacks a text_encoder"):
-        load_text(tmp_path)
+    with pytest.raises(BadInput, match="text_encoder cannot be read"):
+        load_text(tmp_path)(["a cat"])
+
+
+def test_tensors_that_are_lacking(tmp_path):
+    """diffusers and transformers would go on with random ones. The published encoder has its embedding once,
+    and a config that says otherwise: that is complete."""
+    text = downloads.umt5(tmp_path)
+    whole = load_text(text)(["a cat"])
+    path, config = text / "text_encoder" / "model.safetensors", text / "text_encoder" / "config.json"
+    state = {k: v for k, v in load_file(path).items() if k != "encoder.embed_tokens.weight"}
+    save_file(state, path, {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    assert torch.equal(load_text(text)(["a cat"]), whole)
+    save_file({k: v for k, v in state.items() if "block.1.layer.0" not in k}, path, {"format": "pt"})
+    with pytest.raises(BadInput, match="lacks .* tensors: encoder.block.1.layer.0"):
+        load_text(text)(["a cat"])
+    downloads.vae().save_pretrained(tmp_path / "vae")
+    path = next((tmp_path / "vae").glob("*.safetensors"))
+    state = load_file(path)
+    state.pop("decoder.conv_in.weight")
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(BadInput, match="lacks 1 tensors: decoder.conv_in.weight"):
+        load_vae(tmp_path)
+
+
+def test_prompts_are_cleaned_as_wan_cleans_them(tmp_path):
+    text = load_text(downloads.umt5(tmp_path))
+    assert torch.equal(text(["a\u00a0cat &amp;amp; \uff44og"]), text(["a cat & dog"]))
 
 
 # -- at real sizes, and without the extra ----------------------------------------
