@@ -70,6 +70,8 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-2steps": _SR1 | {"denoise": (1.0, 0.5)},
     "tilted-2steps": {"method": "tilted", "denoise": (1.0, 0.5)},
     "steered-2steps": {"method": "steered", "denoise": (1.0, 0.5)},
+    "windowed-2steps-guidance3": PARTLESS | {"denoise": (1.0, 0.5), "guidance": 3.0},
+    "pulled-2steps-guidance3": {"method": "pulled", "denoise": (1.0, 0.5), "guidance": 3.0},
     # the teacher's guidance
     "windowed-guidance3": PARTLESS | {"guidance": 3.0},
     "tilted-guidance3": {"method": "tilted", "guidance": 3.0},
@@ -84,9 +86,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 
 def reference(row: str) -> str:
     """What a row is compared with: the same cache without the row's own idea."""
-    for setting in ("guidance3", "2steps"):
-        if setting in row:
-            return f"{WINDOWED}-{setting}"
+    if setting := "".join(f"-{part}" for part in ("2steps", "guidance3") if part in row):
+        return WINDOWED + setting
     return WINDOWED if build("tiny", ROWS[row]).window else BASE
 
 

@@ -221,6 +221,7 @@ METHODS: dict[str, dict] = {
     "first_chunk_more": dict(_PLAIN, taper="first"),
     "tilted": dict(_PLAIN, tilt=6.0),
     "steered": dict(_PLAIN, steer=5.0),
+    "pulled": dict(_PLAIN, tilt=6.0, steer=2.0),
 }
 
 
