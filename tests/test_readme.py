@@ -97,7 +97,7 @@ def test_budgets():
     assert total <= TOTAL, f"{total} lines of product code; the budget is {TOTAL}"
 
 
-TOTAL = 4231
+TOTAL = 5025
 
 
 def depth(node, level=0) -> int:
