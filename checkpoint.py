@@ -11,18 +11,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 import processes
 from codec import Codec
@@ -68,10 +59,12 @@ def writable_folder(path: str, flag: str = "--out") -> Path:
 def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) -> None:
     """Weights to exchange: fp16 safetensors, the config and any `facts` (step, scores) in the header. All
     processes call it, the first one writes."""
-    tensors = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tensors = {}
+    for k, x in net.state_dict().items():
+        x = x.full_tensor() if processes.is_share(x) else x
+        tensors[k] = (x.half() if x.is_floating_point() else x).contiguous().cpu()
     if processes.rank():
         return
-    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}
     header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
     write_atomically(path, lambda name: save_file(tensors, name, header))
 
@@ -159,6 +152,8 @@ def save_shards(folder: Path, step: int, nets: dict, opts: dict, facts: dict) ->
     nets: {name: network}; opts: {name: (network, optimizer)}; facts: what JSON can hold. The index that
     torch.distributed.checkpoint adds is a pickle: open only what you have written yourself.
     """
+    import torch.distributed.checkpoint as dcp  # a second of everybody's start, if at the top
+
     path, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}"
     dcp.save(_shards(nets, opts), checkpoint_id=temporary)
     if processes.rank() == 0:
@@ -173,10 +168,13 @@ def save_shards(folder: Path, step: int, nets: dict, opts: dict, facts: dict) ->
 
 def load_shards(path: Path, nets: dict, opts: dict) -> None:
     """Into networks and optimizers, spread over any number of processes. Raises BadInput."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
     state = _shards(nets, opts)
     try:
         dcp.load(state, checkpoint_id=path)
-    except (Exception, CheckpointException) as error:  # a share is missing, cut short, of another network
+    except (Exception, dcp.CheckpointException) as error:  # a share is missing, cut short, of another network
         what = f"{path} cannot be read ({type(error).__name__})"
         raise BadInput(f"{what}; delete it to go on from the one before") from error
     for name, net in nets.items():
@@ -186,6 +184,8 @@ def load_shards(path: Path, nets: dict, opts: dict) -> None:
 
 
 def _shards(nets: dict, opts: dict) -> dict:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
     state = {name: get_model_state_dict(net) for name, net in nets.items()}
     return state | {name: get_optimizer_state_dict(net, opt) for name, (net, opt) in opts.items()}
 

@@ -5,9 +5,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from config import BadInput, Config
 
@@ -46,6 +43,9 @@ def shard(net: nn.Module, cfg: Config) -> nn.Module:
     Blocks travel and compute in bf16 if cfg.bf16; what is outside of them, the time embedding too, stays
     in fp32. The text is read once a rollout, apart from the passes: cross-attention is a unit of its own.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # a second of everybody's start, if at the top
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     low = MixedPrecisionPolicy(torch.bfloat16 if cfg.bf16 else None, torch.float32, cast_forward_inputs=False)
     how = dict(mesh=init_device_mesh(cfg.device, (world(),)), reshard_after_forward=True)
     for block in net.blocks:
@@ -56,6 +56,11 @@ def shard(net: nn.Module, cfg: Config) -> nn.Module:
     for method in ("run", "read_time", "read_text"):
         register_fsdp_forward_method(net, method)
     return net
+
+
+def is_share(x: Tensor) -> bool:
+    """Whether this is a DTensor, of which a process holds a part."""
+    return hasattr(x, "full_tensor")
 
 
 def pick_device(cfg: Config) -> str:
@@ -78,7 +83,7 @@ def autocast(cfg: Config) -> torch.autocast:
 
 def average_gradients(params: list[nn.Parameter]) -> None:
     """One flat all-reduce; what is sharded has been averaged already."""
-    if not dist.is_initialized() or isinstance(params[0], DTensor):
+    if not dist.is_initialized() or is_share(params[0]):
         return
     flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
@@ -107,7 +112,7 @@ def mean(stats: dict, device: str) -> dict[str, float]:
 def clip_gradients(net: nn.Module, largest: float) -> Tensor:
     """Scale gradients to a norm of at most `largest` → the norm before, over all shards."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), largest)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_share(norm) else norm
 
 
 def any_of(flag: bool, device: str) -> bool:
