@@ -118,8 +118,10 @@ def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
 @cache
 def judging(cfg: Config, clips: int) -> dict[str, float]:
     """Bytes of Wan's codec and VideoAlign's reward: their weights, and while they look at rollouts."""
-    from diffusers import AutoencoderKLWan
-
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError as error:
+        raise BadInput("Wan's codec needs diffusers: pip install 'stream-r1[wan]'") from error
     with FakeTensorMode(), torch.no_grad():
         codec = WanCodec(AutoencoderKLWan())
         with Tally() as tally:
@@ -145,8 +147,8 @@ def estimate(cfg: Config, teacher: Config, processes: int, clips: int = 1) -> di
         "teacher": low * large / share,
         "blocks in passing": sharded * 2 * low * max(own / cfg.layers, large / teacher.layers),
     }
-    judges = cfg.time_stride > 1 and cfg.weighted
-    peaks, judged = rehearse(cfg, teacher, sharded, clips), judging(cfg, clips) if judges else {}
+    judged = judging(cfg, clips) if cfg.time_stride > 1 and cfg.weighted else {}
+    peaks = rehearse(cfg, teacher, sharded, clips)
     total = sum(lasting.values()) + max(peaks.values()) + sum(judged.values())
     return {name: size / GB for name, size in (lasting | peaks | judged | {"total": total}).items()}
 

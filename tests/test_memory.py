@@ -1,5 +1,6 @@
 """The estimate against what a tiny run really allocates."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,14 @@ def test_wan_codec_at_real_size():
     pytest.importorskip("diffusers")
     found = memory.judging(PRESETS["wan-1.3b"], 1)
     assert 4.5e9 < found["codec and reward"] < 5.5e9 and 5e9 < found["judging rollouts"] < 30e9
+
+
+def test_without_the_extra(monkeypatch, capsys):
+    memory.judging.cache_clear()
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SystemExit) as stopped:
+        in_process(monkeypatch, memory, "wan-1.3b")
+    assert stopped.value.code == 2 and "pip install 'stream-r1[wan]'" in capsys.readouterr().err
 
 
 def test_unknown_teacher(monkeypatch, capsys):
