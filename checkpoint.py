@@ -21,9 +21,6 @@ from config import BadInput, Config
 from model import VideoDiT
 from reward import RewardModel
 
-# one process alone is nothing to be warned of
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-
 # fields that a network's numbers depend on: weights made under other values are refused
 _NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk"
 _DEPENDS = {"codec": "channels stride", "reward": "height width text_length text_width"}
@@ -186,6 +183,8 @@ def load_shards(path: Path, nets: dict, opts: dict) -> None:
 def _shards(nets: dict, opts: dict) -> dict:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+    # one process alone is nothing to be warned of, here or by what reads and writes the shards
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     state = {name: get_model_state_dict(net) for name, net in nets.items()}
     return state | {name: get_optimizer_state_dict(net, opt) for name, (net, opt) in opts.items()}
 

@@ -162,9 +162,8 @@ def run(name: str, typed: dict, seed: int, folder: Path, how, claim) -> dict:
     found = {"command": f"python train.py {' '.join(argv)}"}
     argv += ["--resume"] if list(folder.glob("step_*.pt")) else []
     words = [sys.executable, str(Path(__file__).with_name("train.py")), *argv]
-    done = subprocess.run(
-        words, check=False, pass_fds=[claim.fileno()]
-    )  # if we are killed it keeps the claim
+    # if we are killed it keeps the claim
+    done = subprocess.run(words, check=False, pass_fds=[claim.fileno()])
     if done.returncode == 2:  # it has said why
         raise BadInput(f"{found['command']} was refused")
     if done.returncode:
@@ -314,7 +313,7 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
-def over_time(table: dict[str, dict[int, dict]], name: str = "jitter") -> str:
+def over_time(table: dict[str, dict[int, dict]], name: str) -> str:
     """Rows: methods. Columns: steps of training. The averaged student on the prompts that select one."""
     found = {row: [f["training"]["held out"] for f in finished(table, row).values()] for row in table}
     steps = sorted({step for runs in found.values() for run in runs for step in run}, key=int)

@@ -8,10 +8,10 @@ tally of what is alive gives the peak. What FSDP2 spreads over processes is coun
 one clip at a time (--accumulate = batch / processes). It takes a minute or two.
 """
 
+import functools
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -70,9 +70,10 @@ def networks(cfg: Config, teacher: Config, sharded: bool) -> tuple[VideoDiT, Vid
     def made(config: Config, low: bool) -> VideoDiT:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16 if low and cfg.bf16 else before)
-        net = VideoDiT(config)
-        torch.set_default_dtype(before)
-        return net
+        try:
+            return VideoDiT(config)
+        finally:
+            torch.set_default_dtype(before)
 
     student, critic, frozen = made(cfg, sharded), made(cfg, sharded), made(teacher, True)
     for p in (*student.parameters(), *critic.parameters()):  # gradients are counted by hand
@@ -80,10 +81,8 @@ def networks(cfg: Config, teacher: Config, sharded: bool) -> tuple[VideoDiT, Vid
     return student, critic, frozen.requires_grad_(False)
 
 
-@cache
-def rehearse(
-    cfg: Config, teacher: Config, sharded: bool, clips: int = 1, fake: bool = True
-) -> dict[str, int]:
+@functools.cache
+def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) -> dict[str, int]:
     """Bytes at the peak of one process' student update and critic update, beyond weights and their gradients.
 
     `fake`: on tensors without numbers; else for real, which is how a test knows that the two agree.
@@ -115,7 +114,7 @@ def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
     return torch.cat(parts, 1)
 
 
-@cache
+@functools.cache
 def judging(cfg: Config, clips: int) -> dict[str, float]:
     """Bytes of Wan's codec and VideoAlign's reward: their weights, and while they look at rollouts."""
     try:
@@ -158,12 +157,9 @@ def check(cfg: Config, teacher: Config, processes: int, available: float) -> Non
     clips = cfg.batch // (processes * cfg.accumulate)
     needed = estimate(cfg, teacher, processes, clips)["total"]
     if needed > available:
-        what = (
-            f"{processes} GPUs with {clips} clips each need about {needed:.0f} GB, there are {available:.0f}"
-        )
-        raise BadInput(
-            f"{what}; fewer clips: --accumulate={cfg.batch // processes}; python memory.py: the table"
-        )
+        what = f"{processes} GPUs with {clips} clips each need about {needed:.0f} GB, have {available:.0f}"
+        fix = f"fewer clips: --accumulate={cfg.batch // processes}; python memory.py: the table"
+        raise BadInput(f"{what}; {fix}")
 
 
 def main() -> None:

@@ -110,6 +110,10 @@ def open_networks(preset: str, typed: dict, flags: Flags):
     made = json.dumps(asdict(build(preset, typed))) if foreign else ""
     header = {"kind": "student", "config": made} if foreign else read_header(path)
     cfg = student_config(header, preset, typed, flags.steps)
+    if bool(flags.wan) != (cfg.time_stride > 1) or flags.wan and flags.codec:
+        raise BadInput(
+            "--wan=FOLDER goes with students of Wan, which need it, and takes the place of --codec"
+        )
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
     if flags.wan:
         text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
@@ -152,7 +156,7 @@ def check_output(flags: Flags) -> Path:
 def schedule(flags: Flags, cfg: Config, read, given: int) -> dict[int, Tensor]:
     """["A", "B@48"] → {chunk to be made: text (1 l e)}; `given` chunks come first. Raises BadInput."""
     texts, last = {}, cfg.pixels(given)
-    starts = {cfg.pixels(k): k for k in range(given, flags.frames)}
+    starts = {cfg.pixels(k): k for k in range(given, given + flags.frames // cfg.chunk + 1)}
     for i, prompt in enumerate(flags.prompt):
         prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", str(last))
         fine = bool(at) == bool(i) and frame.strip().isdigit() and int(frame) in starts

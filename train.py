@@ -318,14 +318,17 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed."""
     out, source = checkpoint.writable_folder(flags.out), source_of(cfg)
     state = checkpoint.load_state(out, cfg, FREE, flags.resume)
-    if bool(flags.wan) != isinstance(source, PromptFile):
-        raise BadInput(f"--data={cfg.data!r}: --wan=FOLDER goes with a file of prompts, and only with that")
+    if len({bool(flags.wan), isinstance(source, PromptFile), cfg.time_stride > 1}) > 1:
+        raise BadInput("the preset wan-1.3b, --wan=FOLDER and --data=FILE (prompts, one a line) go together")
+    if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
+        raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
     if flags.wan:
         nets = wan_networks(cfg, source.prompts, flags)
     else:
         nets = own_networks(cfg, Path(flags.nets or f"assets/{cfg.preset}"), flags.start)
     if state and state.get("origin") != nets.origin:
-        raise BadInput(f"--resume: {out} began from other weights: {state.get('origin')}, not {nets.origin}")
+        what = f"--resume: {out} began from others of what --nets, --start, --wan or --data name"
+        raise BadInput(f"{what}: {state.get('origin')}, not {nets.origin}")
     for net in (nets.teacher, nets.student, nets.ema, nets.critic):
         processes.shard(net, cfg) if cfg.shard and world > 1 else net.to(cfg.device)
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)

@@ -64,16 +64,9 @@ def rename(name: str, to_diffusers: bool) -> str:
     return block + table[module.removesuffix(kind)] + kind
 
 
-def load_wan(path: str | Path, net: nn.Module) -> nn.Module:
-    """Put a checkpoint's tensors into `net`; one on the meta device takes them as they are, dtype included.
-
-    Raises BadInput when a file is missing or unreadable, or does not fit.
-    """
-    return fit(net, read_transformer(path), path, assign=next(net.parameters()).is_meta)
-
-
 def open_wan(path: str | Path, cfg: Config, exact: bool = True) -> VideoDiT:
-    """The transformer a checkpoint holds, in cfg's size or, if not `exact`, in its own: 1.3B, 14B, ..."""
+    """The transformer a checkpoint holds, in cfg's size or, if not `exact`, in its own: 1.3B, 14B, ...; its
+    tensors are the file's, dtype included. Raises BadInput: what is missing, unreadable or does not fit."""
     tensors = read_transformer(path)
     with torch.device("meta"):
         net = VideoDiT(cfg if exact else sized(cfg, tensors, path))
@@ -148,8 +141,8 @@ class WanCodec(nn.Module):
         return (rearrange(z, "b c f h w -> b f c h w") - self.mean) / self.std
 
     def decode(self, x: Tensor) -> Tensor:
-        """A whole clip at once; differentiable, every latent decoded a second time on the way back. Even so a
-        gradient takes 112 GB at 81 frames of 480 x 832, so nothing that is trained asks for it."""
+        """A whole clip at once; differentiable, every latent decoded a second time on the way back. At
+        81 frames of 480 x 832 even that is more than a GPU holds (LOG.md): no training asks for it."""
         return self.stream()(x)
 
     def stream(self) -> Callable[[Tensor], Tensor]:

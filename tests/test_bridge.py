@@ -81,13 +81,16 @@ def test_in_the_precision_of_the_preset(learn, tmp_path):
 
 
 def test_resumed_with_other_prompts_or_weights(learn, prompts, tmp_path, capsys):
-    other = tmp_path / "other.txt"
-    other.write_text("a dog\n")
-    learn(tmp_path / "run", "--method=self_forcing")
-    for more in ([f"--data={other}"], ["--steps=2", "--lr=1"]):
+    """The paths are what they were, what lies there is not."""
+    own, other = tmp_path / "prompts.txt", downloads.wan(tmp_path / "wan", CFG, seed=1)
+    own.write_text(prompts.read_text())
+    again = ("--method=self_forcing", f"--data={own}")
+    learn(tmp_path / "run", *again)
+    learn(tmp_path / "run", *again, "--resume")
+    for change in (lambda: [f"--wan={other}"], lambda: own.write_text("a dog\n") and []):
         with pytest.raises(SystemExit) as stopped:
-            learn(tmp_path / "run", "--method=self_forcing", "--resume", *more)
-        assert stopped.value.code == 2 and "--resume" in capsys.readouterr().err
+            learn(tmp_path / "run", *again, "--resume", *change())
+        assert stopped.value.code == 2 and "began from others" in capsys.readouterr().err
 
 
 def test_resumed_with_its_shards(learn, tmp_path):
@@ -138,9 +141,10 @@ def test_a_larger_teacher_and_anothers_student(learn, wan, tmp_path, monkeypatch
 
 
 BAD = {
-    "no prompts": (["--data="], "goes with a file of prompts"),
+    "no prompts": (["--data="], "go together"),
+    "nets": (["--nets=assets/tiny"], "--nets with the other presets"),
     "no reward": (["--videoalign="], "needs a reward: --videoalign=FOLDER"),
-    "no wan": (["--wan="], "goes with a file of prompts"),
+    "no wan": (["--wan="], "go together"),
     "wrong folder": (["--wan=/nowhere"], "no weights at /nowhere"),
     "wrong size": (["--layers=3"], "Missing key"),
     "a mark": (["--data=MARK"], "the mark of a special token"),
@@ -169,6 +173,7 @@ def test_a_student_needs_its_own_wan(monkeypatch, wan, tmp_path, capsys):
     odd = f"--student={tmp_path / 'odd.safetensors'}"
     for argv, needle in (
         ([f"--wan={wan}"], "--student"),
+        ([f"--wan={wan}", "--student=assets/tiny/stream_r1.safetensors"], "of preset 'tiny'"),
         ([f"--wan={wan}", odd, *KEYS[:-2]], "does not say how it remembers"),
         ([f"--wan={wan}", odd, *KEYS[:-2], "--method=self_forcing"], "does not fit"),
     ):

@@ -180,7 +180,7 @@ def test_what_was_held_out_over_time():
     runs = {seed: {"training": {"held out": {str(step): {"jitter": step + seed} for step in (25, 100)}}}
             for seed in (0, 2)}  # fmt: skip
     runs[2]["training"]["held out"].pop("100")
-    lines = compare.over_time({"tilted": runs}).splitlines()
+    lines = compare.over_time({"tilted": runs}, "jitter").splitlines()
     assert lines[0] == "| jitter after | 25 steps | 100 steps |"
     assert lines[2].startswith("| tilted | 26.00 ± 12.71 | 100.00 ± nan |")
 

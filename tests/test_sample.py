@@ -71,6 +71,7 @@ def test_goes_on_from_a_clip_or_a_picture(call, tmp_path, name):
     pixels = np.random.default_rng(0).integers(0, 255, (count, 32, 32, 3), np.uint8)
     iio.imwrite(given, pixels if count > 1 else pixels[0], plugin="pillow")
     with_init = frames_of(call(f"--init={given}", "--frames=16", out="a.mp4"))
+    assert len(frames_of(call(f"--init={given}", "--frames=1", out="c.webp"))) == 1  # fewer than were given
     without = frames_of(call("--frames=16", out="b.mp4"))
     assert len(with_init) == 16 and not np.array_equal(with_init[-4:], without[-4:])
 

@@ -295,7 +295,7 @@ def test_a_run_is_not_resumed_from_other_nets(nets, tmp_path, monkeypatch, capsy
     save_file(tensors, path, header)
     with pytest.raises(SystemExit) as stopped:
         in_process(monkeypatch, train, *argv, "--steps=2", "--resume")
-    assert stopped.value.code == 2 and "other weights" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "began from others" in capsys.readouterr().err
 
 
 def test_a_broken_rollout_does_not_take_the_tilted_critics_weight(nets, tmp_path):
