@@ -282,7 +282,8 @@ class Head(nn.Module):
 
 
 class VideoDiT(nn.Module):
-    """`model(xt, t, text)`: x_t (b f c h w), t (b f), text (b l e) → velocity v (b f c h w), own KV."""
+    """`model(xt, t, text)`: x_t (b f c h w), t (b f), text (b l e) → velocity v (b f c h w), and the KV that a
+    cache wants; of a pass without one nothing is kept: 30 layers of it are gigabytes."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -346,7 +347,7 @@ class VideoDiT(nn.Module):
             args = (x, time[1], words[i], angles, cache.read(i) if cache else None, mask)
             recompute = self.checkpointing and torch.is_grad_enabled()
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
-            kv.append(own)
+            kv += [own] if cache is not None else []
         out = self.head(x, time[0]).float()
         out = rearrange(out, "b (f h w) (r p q c) -> b (f r) c (h p) (w q)", f=f, h=h, r=r, p=p, q=q)
         if self.predict == "x":
