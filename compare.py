@@ -64,14 +64,15 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     # ours: how strongly the critic is tilted, and all of Stream-R1 on top
     "tilted-2": {"method": "tilted", "tilt": 2.0},
     "tilted-stream_r1": _SR1 | {"tilt": 6.0},
-    # ours: along the reward's gradient; and where there is more to gain, with two denoising steps
-    "steered-guidance3": {"method": "steered", "guidance": 3.0},
+    # where there is more to gain, with two denoising steps
     "windowed-2steps": PARTLESS | {"denoise": (1.0, 0.5)},
     "stream_r1-2steps": _SR1 | {"denoise": (1.0, 0.5)},
     "tilted-2steps": {"method": "tilted", "denoise": (1.0, 0.5)},
-    "steered-2steps": {"method": "steered", "denoise": (1.0, 0.5)},
     "windowed-2steps-guidance3": PARTLESS | {"denoise": (1.0, 0.5), "guidance": 3.0},
-    "pulled-2steps-guidance3": {"method": "pulled", "denoise": (1.0, 0.5), "guidance": 3.0},
+    "steered-2steps": {"method": "steered", "denoise": (1.0, 0.5)},
+    # ours: at every noise level, and without more guidance
+    "steered-from0": {"method": "steered", "steer_from": 0.0},
+    "steered-guidance1.5": {"method": "steered", "guidance": 1.5},
     # the teacher's guidance
     "windowed-guidance3": PARTLESS | {"guidance": 3.0},
     "tilted-guidance3": {"method": "tilted", "guidance": 3.0},
@@ -86,9 +87,10 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 
 def reference(row: str) -> str:
     """What a row is compared with: the same cache without the row's own idea."""
-    if setting := "".join(f"-{part}" for part in ("2steps", "guidance3") if part in row):
-        return WINDOWED + setting
-    return WINDOWED if build("tiny", ROWS[row]).window else BASE
+    cfg = build("tiny", ROWS[row])
+    alike = PARTLESS | {"denoise": cfg.denoise, "guidance": cfg.guidance}
+    controls = (name for name in ROWS if build("tiny", ROWS[name]) == build("tiny", alike))
+    return next(controls) if cfg.window else BASE
 
 
 def rows_named(names: str, typed: dict) -> list[str]:

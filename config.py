@@ -79,7 +79,8 @@ class Config:
     released_patch_order: bool = False  # scramble the spatial map as the released code does
     released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
-    steer: float = 0.0  # ours: size of the reward's own gradient beside the DMD gradient
+    steer: float = 0.0  # ours: size of the reward's gradient, through the teacher, beside DMD's
+    steer_from: float = 0.7  # noise level from which it acts: where layout and motion are still open
     tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0
@@ -127,7 +128,7 @@ class Config:
         check("sink", (self.sink == 0) == (self.sink_mode == "none"), "0 exactly when sink_mode=none")
         check("sink", self.sink_mode != "ema" or self.sink == 1, "1 when sink_mode=ema")
         check("sink_decay", self.sink_decay <= 1, "within [0, 1]")
-        for name in ("beta1", "beta2", "context_t", "ema"):
+        for name in ("beta1", "beta2", "context_t", "ema", "steer_from"):
             check(name, getattr(self, name) < 1, "within [0, 1)")
         check("time_freqs", self.time_freqs % 2 == 0, "an even number")
         check("objects", bool(self.data) or self.objects <= 8, "1 to 8, one a colour")
@@ -193,7 +194,7 @@ class Config:
 
 _MAY_BE_ZERO = (
     "codec_noise codec_straight window sink sink_decay context_t beta weight_cap balance_strength "
-    "floor_space floor_time motion steer tilt seed beta1 beta2 ema t_min critic_warmup"
+    "floor_space floor_time motion steer steer_from tilt seed beta1 beta2 ema t_min critic_warmup"
 ).split()
 
 
@@ -220,8 +221,7 @@ METHODS: dict[str, dict] = {
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
     "first_chunk_more": dict(_PLAIN, taper="first"),
     "tilted": dict(_PLAIN, tilt=6.0),
-    "steered": dict(_PLAIN, steer=5.0),
-    "pulled": dict(_PLAIN, tilt=6.0, steer=2.0),
+    "steered": dict(_PLAIN, steer=5.0, guidance=3.0),
 }
 
 

@@ -282,8 +282,8 @@ class Head(nn.Module):
 
 
 class VideoDiT(nn.Module):
-    """`model(xt, t, text)`: x_t (b f c h w), t (b f), text (b l e) → velocity v (b f c h w), and the KV that a
-    cache wants; of a pass without one nothing is kept: 30 layers of it are gigabytes."""
+    """`model(xt, t, text)`: x_t (b f c h w), t (b f), text (b l e) → velocity v (b f c h w), and the KV for a
+    cache; a pass without one keeps nothing: 30 layers of it are gigabytes."""
 
     def __init__(self, cfg: Config):
         super().__init__()

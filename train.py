@@ -121,7 +121,8 @@ def update_student(run: Run, step: int) -> dict[str, float]:
             g, finite = dmd_gradient(x, text, run.null, run.teacher, run.critic, t, noise, cfg.guidance,
                                      cfg.motion)  # fmt: skip
             if cfg.steer:
-                up = reward_ascent(run.codec, run.reward, x.detach().nan_to_num(), about, cfg)
+                up = reward_ascent(run.teacher, run.codec, run.reward, x.nan_to_num(), text, about, t, noise,
+                                   cfg)  # fmt: skip
                 g, finite = g - cfg.steer * up, finite & up.isfinite().flatten(1).all(1)
         w = w.expand(len(x), -1, -1, -1, -1)
         if processes.may(finite.any(), cfg):
