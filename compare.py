@@ -70,7 +70,9 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "tilted-2steps": {"method": "tilted", "denoise": (1.0, 0.5)},
     "windowed-2steps-guidance3": PARTLESS | {"denoise": (1.0, 0.5), "guidance": 3.0},
     "steered-2steps": {"method": "steered", "denoise": (1.0, 0.5)},
-    # ours: at every noise level, and without more guidance
+    # ours: with a tilted critic, at every noise level, without more guidance
+    "steered-tilt": {"method": "steered", "tilt": 6.0},
+    "steered-tilt-2steps": {"method": "steered", "tilt": 6.0, "denoise": (1.0, 0.5)},
     "steered-from0": {"method": "steered", "steer_from": 0.0},
     "steered-guidance1.5": {"method": "steered", "guidance": 1.5},
     # the teacher's guidance
