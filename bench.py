@@ -3,7 +3,7 @@
     python bench.py                      # tiny: eager, on a GPU CUDA graphs as well; --compile adds a mode
     python bench.py wan-1.3b --bf16      # the real shapes on random weights: speed does not depend on them
     python bench.py tiny --long=10000    # is chunk 10,000 as fast as chunk 10?
-    python bench.py tiny --training      # a Stream-R1 step against a plain one, alternating
+    python bench.py tiny --training      # a step of --method against a plain one, alternating
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
 remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
@@ -152,12 +152,13 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
 
 def training(preset: str, typed: dict, flags: Flags) -> list[dict]:
     """Medians of metrics.jsonl's `seconds` over alternating short runs of train.py, first steps left out."""
-    methods = {"plain, the same cache": PARTLESS, "stream_r1": {"method": "stream_r1"}}
+    method = build(preset, typed).method
+    methods = {"plain, the same cache": typed | PARTLESS, method: typed | {"method": method}}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     script, nets = Path(__file__).with_name("train.py"), [f"--nets={flags.nets}"] * bool(flags.nets)
     for _, (name, fields) in product(range(flags.rounds), methods.items()):
         with tempfile.TemporaryDirectory() as folder:
-            fields = fields | {"steps": 6, "critic_warmup": 0, "eval_clips": 1} | typed
+            fields = {"steps": 6, "critic_warmup": 0, "eval_clips": 1} | fields
             argv = [as_flag(k, v) for k, v in fields.items()]
             run = [sys.executable, str(script), preset, *argv, *nets, f"--out={folder}"]
             done = subprocess.run(run, capture_output=True, text=True, check=False)

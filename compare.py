@@ -90,9 +90,10 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 def reference(row: str) -> str:
     """What a row is compared with: the same cache without the row's own idea."""
     cfg = build("tiny", ROWS[row])
-    alike = PARTLESS | {"denoise": cfg.denoise, "guidance": cfg.guidance}
-    controls = (name for name in ROWS if build("tiny", ROWS[name]) == build("tiny", alike))
-    return next(controls) if cfg.window else BASE
+    if not cfg.window:
+        return BASE
+    plain = build("tiny", PARTLESS | {"denoise": cfg.denoise, "guidance": cfg.guidance})
+    return [name for name in ROWS if build("tiny", ROWS[name]) == plain][0]
 
 
 def rows_named(names: str, typed: dict) -> list[str]:

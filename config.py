@@ -143,7 +143,7 @@ class Config:
         check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
         local = self.time_stride == 1 or not self.steer
-        check("steer", local, "0 with Wan's codec: the way back through it does not fit on a GPU")
+        check("steer", local, "0 with Wan's codec: the way back through it alone takes 112 GB")
         even = not any(size // self.stride % 2 for size in (self.height, self.width))
         check("released_patch_order", even or not self.released_patch_order, "with even latent sizes")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")

@@ -80,8 +80,8 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     table = compare.load_results(flags.results, names)
     if not table:
         raise BadInput(f"{flags.results} holds no runs of these rows; --seeds=1 or more makes some")
-    print(compare.markdown(table), compare.over_time(table, "jitter"), sep="\n\n")
-    print("", compare.over_time(table, "speed"), compare.crossed(table), sep="\n\n")
+    held_out = (compare.over_time(table, name) for name in ("jitter", "shape", "speed"))
+    print(compare.markdown(table), *held_out, compare.crossed(table), sep="\n\n")
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def reward_ascent(teacher, codec, reward, x, text, about, t, noise, cfg: Config)
     each = grads / reduce(grads.abs(), "b s f c h w -> b s 1 1 1 1", "mean").clamp(min=1e-12)
     up = (rearrange(a, "b s -> b s 1 1 1 1") * each).sum(1)
     up = up / reduce(up.abs(), "b f c h w -> b 1 1 1 1", "mean").clamp(min=1e-12)
-    return up * rearrange(t >= cfg.steer_from, "b f -> b f 1 1 1")
+    return torch.where(rearrange(t >= cfg.steer_from, "b f -> b f 1 1 1"), up, 0.0)
 
 
 def to_latent_grid(saliency: Tensor, h: int, w: int, time_stride: int = 1) -> Tensor:

@@ -102,6 +102,8 @@ def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, second
 def open_networks(preset: str, typed: dict, flags: Flags):
     """→ config, student, codec, and what turns a prompt into text (1 l e). Raises BadInput."""
     path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
+    if bool(flags.wan) != (build(preset, typed).time_stride > 1) or flags.wan and flags.codec:
+        raise BadInput("the preset wan-1.3b and --wan=FOLDER go together, without --codec")
     if flags.wan and not flags.student:
         raise BadInput("--wan has no few-step student inside; name one: --student=FILE")
     foreign = flags.wan and not is_ours(path)
@@ -110,10 +112,6 @@ def open_networks(preset: str, typed: dict, flags: Flags):
     made = json.dumps(asdict(build(preset, typed))) if foreign else ""
     header = {"kind": "student", "config": made} if foreign else read_header(path)
     cfg = student_config(header, preset, typed, flags.steps)
-    if bool(flags.wan) != (cfg.time_stride > 1) or flags.wan and flags.codec:
-        raise BadInput(
-            "--wan=FOLDER goes with students of Wan, which need it, and takes the place of --codec"
-        )
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
     if flags.wan:
         text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)

@@ -120,6 +120,7 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         with processes.autocast(cfg):
             g, finite = dmd_gradient(x, text, run.null, run.teacher, run.critic, t, noise, cfg.guidance,
                                      cfg.motion)  # fmt: skip
+            stats["dmd"] = g.abs().mean()
             if cfg.steer:
                 up = reward_ascent(run.teacher, run.codec, run.reward, x.nan_to_num(), text, about, t, noise,
                                    cfg)  # fmt: skip
@@ -128,7 +129,7 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         if processes.may(finite.any(), cfg):
             loss = dmd_loss(x[finite], g[finite], w[finite]) * finite.float().mean()
             (loss / cfg.accumulate).backward()
-        stats |= {"dmd": g.abs().mean(), "exit": exit, "frames": chunks * cfg.chunk}
+        stats |= {"exit": exit, "frames": chunks * cfg.chunk}
         stats["dropped"] = (~finite).sum() * run.world * cfg.accumulate
         total = {k: total.get(k, 0.0) + float(v) / cfg.accumulate for k, v in stats.items()}
     stats = processes.mean(total, cfg.device)

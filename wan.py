@@ -141,8 +141,8 @@ class WanCodec(nn.Module):
         return (rearrange(z, "b c f h w -> b f c h w") - self.mean) / self.std
 
     def decode(self, x: Tensor) -> Tensor:
-        """A whole clip at once; differentiable, every latent decoded a second time on the way back. At
-        81 frames of 480 x 832 even that is more than a GPU holds (LOG.md): no training asks for it."""
+        """A whole clip at once; differentiable, every latent decoded a second time on the way back. At 81
+        frames of 480 x 832 that alone takes 112 GB by count (LOG.md): no training asks for it."""
         return self.stream()(x)
 
     def stream(self) -> Callable[[Tensor], Tensor]:

@@ -63,7 +63,9 @@ def test_attention_is_counted():
 
 
 def test_training(nets, monkeypatch, capsys):  # noqa: F811
-    rows = call(monkeypatch, capsys, "--training", "--rounds=1", f"--nets={nets}", *KEYS)["rows"]
+    argv = ("--training", "--rounds=1", "--method=tilted", f"--nets={nets}", *KEYS)
+    rows = call(monkeypatch, capsys, *argv)["rows"]
+    assert [row["mode"] for row in rows] == ["a step of plain, the same cache", "a step of tilted"]
     assert [row["steps"] for row in rows] == [5, 5] and rows[0]["ratio"] == 1
     assert all(row["seconds"] > 0 and row["peak MiB"] > 50 for row in rows)
 

@@ -173,6 +173,8 @@ def test_a_student_needs_its_own_wan(monkeypatch, wan, tmp_path, capsys):
     odd = f"--student={tmp_path / 'odd.safetensors'}"
     for argv, needle in (
         ([f"--wan={wan}"], "--student"),
+        ([odd], "go together"),
+        ([f"--wan={wan}", odd, "--codec=x.safetensors"], "go together"),
         ([f"--wan={wan}", "--student=assets/tiny/stream_r1.safetensors"], "of preset 'tiny'"),
         ([f"--wan={wan}", odd, *KEYS[:-2]], "does not say how it remembers"),
         ([f"--wan={wan}", odd, *KEYS[:-2], "--method=self_forcing"], "does not fit"),

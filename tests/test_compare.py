@@ -134,6 +134,9 @@ def test_foreign_results_are_named(tmp_path, monkeypatch, capsys, text):
 def test_controls_come_along():
     names = compare.rows_named("tilted-guidance3", {})
     assert names == ["self_forcing", "windowed", "windowed-guidance3", "tilted-guidance3"]
+    assert compare.reference("steered") == "windowed-guidance3"  # which its method, not its name, asks for
+    assert compare.reference("steered-2steps") == "windowed-2steps-guidance3"
+    assert all(compare.reference(row) in compare.ROWS for row in compare.ROWS)
 
 
 def test_a_failed_run_is_counted_and_the_others_go_on(where, tmp_path, monkeypatch, capsys):

@@ -92,6 +92,7 @@ def test_a_switch_counts_the_given_frames(call, tmp_path):
 
 
 BAD = {
+    "wan with tiny": (["--wan=folder"], "go together"),
     "word": (["--prompt", "a red cirle"], "circle"),
     "empty": (["--prompt", ""], "empty"),
     "contradiction": (["--prompt", "a red blue circle"], "contradict"),

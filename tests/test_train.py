@@ -171,6 +171,31 @@ def test_every_method_takes_a_step(nets, tmp_path, monkeypatch, method):
     assert metrics(tmp_path)[0]["grad_norm"] > 0
 
 
+def test_steered(nets, tmp_path, monkeypatch):
+    """The loss gets g - steer * ascent, both at the same noise; a sample without an ascent is dropped."""
+    cfg = build("tiny", SMALL | {"device": "cpu", "method": "steered"})
+    run = train.prepare(cfg, train.Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
+    up, seen, own = torch.randn(4, cfg.frames, *cfg.latent_shape), {}, train.dmd_gradient
+
+    def gradient(*args):
+        seen["g"], finite = own(*args)
+        seen["noised"] = args[5:7]
+        return seen["g"], finite
+
+    def ascent(teacher, codec, reward, x, text, about, t, noise, cfg):
+        assert teacher is run.teacher and seen["noised"][0] is t and seen["noised"][1] is noise
+        return up
+
+    monkeypatch.setattr(train, "dmd_gradient", gradient)
+    monkeypatch.setattr(train, "reward_ascent", ascent)
+    monkeypatch.setattr(train, "dmd_loss", lambda x, g, w: seen.update(used=g) or (0 * x).sum())
+    up[2, 1, 0, 0, 0] = float("nan")
+    stats = train.update_student(run, 0)
+    kept = [0, 1, 3]
+    assert_close(seen["used"], (seen["g"] - cfg.steer * up)[kept])
+    assert stats["dropped"] == 1 and stats["dmd"] == pytest.approx(float(seen["g"].abs().mean()))
+
+
 def test_weights_of_rollouts(nets, tmp_path):
     """Every rollout gets its own weights; under `released_weight` all get the first one's, and the effective
     sample size is that of the weights that were used."""
