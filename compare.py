@@ -299,12 +299,13 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
     Failed runs are counted, not averaged. Of many intervals one in twenty excludes zero by chance.
     """
     heads = [f"{name}{f' x{FAR}' if view == 'beyond' else ''}" for name, view in COLUMNS]
-    lines = ["| row | n | " + " | ".join(heads) + " | ess | forwards |", "|---" * (len(heads) + 4) + "|"]
+    heads = ["row", "n", *heads, "ess", "forwards", "chosen step"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in table:
         runs = finished(table, row)
         n = f"{len(runs)}" + (f" ({lost} failed)" if (lost := len(table[row]) - len(runs)) else "")
         if not runs:
-            lines.append(f"| {row} | {n} |" + " |" * (len(heads) + 2))
+            lines.append(f"| {row} | {n} |" + " |" * (len(heads) - 2))
             continue
         gained = gains(table, row, COLUMNS)
         cells = []
@@ -314,6 +315,7 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
             cells.append(f"{mean:.3f} ± {half:.3f}{paired}")
         ess = [found["training"]["ess"] for found in runs.values() if "ess" in found["training"]]
         cells += [f"{sum(ess) / len(ess):.2f}" if ess else "", str(next(iter(runs.values()))["forwards"])]
+        cells += [" ".join(str(found["chosen step"]) for found in runs.values())]
         lines.append(f"| {row} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -170,7 +170,7 @@ def test_differences_are_paired():
 
     def run(value):
         views = {view: {name: [value] for name, _ in compare.COLUMNS} for view in ("within", "beyond")}
-        return {"views": views, "training": {"held out": {}}, "forwards": 35}
+        return {"views": views, "training": {"held out": {}}, "forwards": 35, "chosen step": 50}
 
     base = {seed: run(0.2 * seed) for seed in range(4)}
     better = {seed: run(0.2 * seed + 0.1) for seed in range(1, 4)}
