@@ -7,7 +7,8 @@
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
 remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
-after the window has filled; every mode runs in the same process, one after the other.
+after the window has filled; every mode runs in the same process, one after the other. An old stream and a
+fresh one take turns, chunk by chunk: a machine's speed changes within minutes.
 """
 
 import json
@@ -40,7 +41,7 @@ class Flags:
     chunks: int = 100  # timed per mode
     fps: int = 16  # of the deadline that chunks may miss
     compile: bool = False
-    long: int = 0  # also compare the last ones of this many further chunks with those timed first
+    long: int = 0  # also compare a stream this many chunks old with a fresh one
     training: bool = False
     rounds: int = 4  # of --training: 5 steps of each method a round
     nets: str = ""  # of --training; default assets/<preset>
@@ -97,15 +98,26 @@ def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
     return parts, first
 
 
+def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> dict[str, float]:
+    """Let a stream grow `long` chunks older; then it and a fresh one, in turns → ratio of medians, and MiB
+    that its age has cost."""
+    before = peak_memory(cfg)
+    seconds_of(parts, cfg, flags.long)
+    grown = peak_memory(cfg) - before
+    streams = parts, start_stream(student, cfg, how)[0]
+    turns = [[seconds_of(each, cfg, 1)[0] for each in streams] for _ in range(flags.chunks)]
+    late, early = torch.tensor(turns, dtype=torch.float64).quantile(0.5, dim=0).tolist()
+    return {"late : early": late / early, "late grown MiB": grown}
+
+
 def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: float, peak: float) -> dict:
     """One row of the table."""
-    how = CudaGraphs() if name == "graph" else directly
     if cfg.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     if name == "compiled":
         student.run = torch.compile(student.run)
     start = time.perf_counter()
-    parts, first = start_stream(student, cfg, how)
+    parts, first = start_stream(student, cfg, CudaGraphs() if name == "graph" else directly)
     warm = time.perf_counter() - start
     diffusion = torch.tensor(seconds_of(parts, cfg, flags.chunks), dtype=torch.float64)
     frames = cfg.chunk * cfg.time_stride
@@ -118,8 +130,7 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     row["TFLOP/s"] = flops / float(diffusion.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
     if flags.long:
-        last = seconds_of(parts, cfg, flags.long)[-flags.chunks :]
-        row["late : early"] = float(torch.tensor(last).double().quantile(0.5) / diffusion.quantile(0.5))
+        row |= late_to_early(parts, student, cfg, CudaGraphs() if name == "graph" else directly, flags)
     return row | {"peak MiB": peak_memory(cfg)}
 
 

@@ -28,6 +28,7 @@ def test_sampling(monkeypatch, capsys):
     assert 0 < row["diffusion ms p50"] <= row["diffusion ms p99"]
     assert row["diffusion frames/s"] == pytest.approx(4000 / row["diffusion ms p50"])
     assert min(row[k] for k in ("late : early", "decoded frames/s", "peak MiB", "first chunk ms")) > 0
+    assert row["late grown MiB"] < 64
 
 
 @pytest.mark.parametrize("cache", [ListCache, lambda model, cfg: RingCache(model, cfg, 1)])
