@@ -99,15 +99,18 @@ def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
 
 
 def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> dict[str, float]:
-    """Let a stream grow `long` chunks older; then it and a fresh one, in turns → ratio of medians, and MiB
-    that its age has cost."""
+    """Let a stream grow `long` chunks older; then it and a fresh one, in turns → the median over pairs of
+    what a chunk costs late, relative to early, and MiB that its age has cost."""
     before = peak_memory(cfg)
     seconds_of(parts, cfg, flags.long)
     grown = peak_memory(cfg) - before
-    streams = parts, start_stream(student, cfg, how)[0]
-    turns = [[seconds_of(each, cfg, 1)[0] for each in streams] for _ in range(flags.chunks)]
-    late, early = torch.tensor(turns, dtype=torch.float64).quantile(0.5, dim=0).tolist()
-    return {"late : early": late / early, "late grown MiB": grown}
+    fresh, _ = start_stream(student, cfg, how)
+    ratios = []
+    for i in range(flags.chunks):
+        turns = (parts, fresh) if i % 2 else (fresh, parts)
+        seconds = {each: seconds_of(each, cfg, 1)[0] for each in turns}
+        ratios.append(seconds[parts] / seconds[fresh])
+    return {"late : early": float(torch.tensor(ratios).quantile(0.5)), "late grown MiB": grown}
 
 
 def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: float, peak: float) -> dict:
