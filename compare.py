@@ -83,7 +83,7 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
 }
 CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where the base's and the context rows' students are sampled
-FAR = 9  # drift is looked for at this many times the training length
+FAR, FEW = 9, 64  # drift is looked for at this many times the training length, on that many prompts
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  # t for 2 to 10, more
 
 
@@ -210,24 +210,30 @@ def judge(name: str, folder: Path, seed: int, how) -> dict:
 
 @torch.no_grad()
 def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -> tuple[dict, float]:
-    """Stream FAR clips' worth of frames per prompt → measures of the first clip, of the last one with the
-    drift from one to the other, and the seconds a chunk took."""
+    """Stream a clip per prompt, FAR clips' worth of frames for the first FEW → measures of the first clip, of
+    the last one with the drift from one to the other, and the seconds a chunk took."""
     views: dict[str, list[dict[str, Tensor]]] = {"within": [], "beyond": []}
     seconds = []
     for first in range(0, clips, 32):
-        ids = range(first, min(first + 32, clips))
+        ids, far = range(first, min(first + 32, clips)), FAR if first < FEW else 1
         words = World(cfg, "test").captions([("compare", i) for i in ids])
         text, prompts = tokenize(words, cfg.text_length, cfg.text_width), [caption(w) for w in words]
         start = time.perf_counter()
-        x = list(stream(student, text, cfg, [rng_for("compare", seed, i) for i in ids], FAR * cfg.chunks))
+        x = list(stream(student, text, cfg, [rng_for("compare", seed, i) for i in ids], far * cfg.chunks))
         seconds.append((time.perf_counter() - start) / len(x))
-        ends = [codec.decode(torch.cat(part, 1)).float() for part in (x[: cfg.chunks], x[-cfg.chunks :])]
-        for parts, video01 in zip(views.values(), ends, strict=True):
-            found = measure(video01, prompts)
-            parts.append(found | three_axes(found))
-        both = measure(torch.cat(ends, 1), prompts)
-        views["beyond"][-1] |= {f"{k}_drift": both[k] for k in ("saturation", "contrast")}
+        start01, end01 = (
+            codec.decode(torch.cat(part, 1)).float() for part in (x[: cfg.chunks], x[-cfg.chunks :])
+        )
+        views["within"].append(with_axes(measure(start01, prompts)))
+        if far > 1:
+            both = measure(torch.cat([start01, end01], 1), prompts)
+            drift = {f"{k}_drift": both[k] for k in ("saturation", "contrast")}
+            views["beyond"].append(with_axes(measure(end01, prompts)) | drift)
     return {view: per_prompt(parts) for view, parts in views.items()}, sorted(seconds)[len(seconds) // 2]
+
+
+def with_axes(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return found | three_axes(found)
 
 
 def training(folder: Path) -> dict:

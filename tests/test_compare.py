@@ -15,7 +15,9 @@ from test_train import KEYS, nets  # noqa: F401  (a fixture)
 
 import compare
 import evaluate
+from codec import Codec
 from config import PRESETS, build, cli
+from model import VideoDiT
 from rollout import step_grid
 
 
@@ -224,3 +226,14 @@ def test_results_outlive_new_fields():
     assert not compare.alike(then, now | {"tilt": 1.0})
     assert not compare.alike(now | {"lr": 1.0}, now)
     assert not compare.alike(now | {"gone": 1}, now)
+
+
+def test_few_prompts_are_streamed_far(monkeypatch):
+    """Catches far streams of prompts that are not among the few, and few that change with many."""
+    cfg = build("tiny", {"dim": 32, "heads": 2, "layers": 1, "device": "cpu"})
+    torch.manual_seed(0)
+    student, codec = VideoDiT(cfg).eval(), Codec(cfg).eval()
+    monkeypatch.setattr(compare, "FEW", 32)
+    few, many = (compare.watch(student, codec, cfg, 0, clips)[0] for clips in (32, 34))
+    assert len(many["within"]["jitter"]) == 34 and len(many["beyond"]["jitter"]) == 32
+    assert many["beyond"] == few["beyond"] and many["within"]["noise"][:32] == few["within"]["noise"]
