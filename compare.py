@@ -90,6 +90,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 def reference(row: str) -> str:
     """What a row is compared with: the same cache without the row's own idea."""
     cfg = build("tiny", ROWS[row])
+    if row.startswith("reward_forcing-"):  # other sinks
+        return "reward_forcing"
     if not cfg.window:
         return BASE
     plain = build("tiny", PARTLESS | {"denoise": cfg.denoise, "guidance": cfg.guidance})

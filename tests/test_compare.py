@@ -31,10 +31,9 @@ def test_rows_are_possible(name):
     """Every row can be built; its control has the same cache (but for rows about it) and nothing else."""
     cfg = build("tiny", compare.ROWS[name])
     control = build("tiny", compare.ROWS[compare.reference(name)])
-    assert (
-        not (control.beta or control.space or control.time or control.motion) and control.taper == "uniform"
-    )
-    if "sink" not in name and "ema" not in name and name != compare.WINDOWED:
+    assert not control.beta or name.startswith("reward_forcing-")  # which are about sinks
+    assert not (control.space or control.time or control.motion) and control.taper == "uniform"
+    if not name.startswith("reward_forcing-") and name != compare.WINDOWED:
         assert (cfg.window, cfg.sink_mode) == (control.window, control.sink_mode)
 
 
@@ -138,6 +137,7 @@ def test_controls_come_along():
     assert names == ["self_forcing", "windowed", "windowed-guidance3", "tilted-guidance3"]
     assert compare.reference("steered") == "windowed-guidance3"  # which its method, not its name, asks for
     assert compare.reference("steered-2steps") == "windowed-2steps-guidance3"
+    assert compare.rows_named("reward_forcing-no_sink", {})[2] == "reward_forcing"
     assert all(compare.reference(row) in compare.ROWS for row in compare.ROWS)
 
 
