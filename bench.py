@@ -100,7 +100,7 @@ def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
 
 def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> dict[str, float]:
     """Let a stream grow `long` chunks older; then it and a fresh one, in turns → the median over pairs of
-    what a chunk costs late, relative to early, and MiB that its age has cost."""
+    what a chunk costs late, relative to early, and by how many MiB the peak has grown on the way."""
     before = peak_memory(cfg)
     seconds_of(parts, cfg, flags.long)
     grown = peak_memory(cfg) - before
@@ -132,9 +132,10 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     row["missed %"] = 100 * float((diffusion > frames / flags.fps).double().mean())
     row["TFLOP/s"] = flops / float(diffusion.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
+    row["peak MiB"] = peak_memory(cfg)
     if flags.long:
         row |= late_to_early(parts, student, cfg, CudaGraphs() if name == "graph" else directly, flags)
-    return row | {"peak MiB": peak_memory(cfg)}
+    return row
 
 
 def count_flops(parts) -> int:

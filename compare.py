@@ -88,13 +88,15 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 
 
 def reference(row: str) -> str:
-    """What a row is compared with: the same cache without the row's own idea."""
+    """What a row is compared with: the same cache and guidance without the row's own idea; other guidance
+    with the usual one, other sinks with the EMA sink."""
     cfg = build("tiny", ROWS[row])
-    if row.startswith("reward_forcing-"):  # other sinks
+    if row.startswith("reward_forcing-"):
         return "reward_forcing"
     if not cfg.window:
         return BASE
     plain = build("tiny", PARTLESS | {"denoise": cfg.denoise, "guidance": cfg.guidance})
+    plain = build("tiny", PARTLESS | {"denoise": cfg.denoise}) if cfg == plain else plain
     return [name for name in ROWS if build("tiny", ROWS[name]) == plain][0]
 
 
@@ -153,7 +155,7 @@ def asked_for(given: dict, nets: str, clips: int) -> dict:
     """What makes results comparable: every field of the config that matters, the prompts, and the nets."""
     cfg = json.loads(json.dumps(asdict(build("tiny", given))))  # lists for tuples, as in the file
     del cfg["device"], cfg["save_every"]
-    return cfg | {"clips": clips, "nets": nets}
+    return cfg | {"clips": clips, "nets": nets, "far": FAR, "few": FEW}
 
 
 def alike(then: dict, now: dict) -> bool:
@@ -216,13 +218,13 @@ def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -
     the last one with the drift from one to the other, and the seconds a chunk took."""
     views: dict[str, list[dict[str, Tensor]]] = {"within": [], "beyond": []}
     seconds = []
-    for first in range(0, clips, 32):
+    for first in range(0, clips, 32):  # FEW is two of these
         ids, far = range(first, min(first + 32, clips)), FAR if first < FEW else 1
         words = World(cfg, "test").captions([("compare", i) for i in ids])
         text, prompts = tokenize(words, cfg.text_length, cfg.text_width), [caption(w) for w in words]
         start = time.perf_counter()
         x = list(stream(student, text, cfg, [rng_for("compare", seed, i) for i in ids], far * cfg.chunks))
-        seconds.append((time.perf_counter() - start) / len(x))
+        seconds += [(time.perf_counter() - start) / len(x)] * (far > 1)
         start01, end01 = (
             codec.decode(torch.cat(part, 1)).float() for part in (x[: cfg.chunks], x[-cfg.chunks :])
         )
@@ -356,7 +358,7 @@ def gains(table: dict[str, dict[int, dict]], row: str, columns) -> dict[tuple, l
     }  # fmt: skip
 
 
-def crossed(table: dict[str, dict[int, dict]], name: str = "contrast_drift") -> str:
+def crossed(table: dict[str, dict[int, dict]], name: str) -> str:
     """Rows: the context noise in training. Columns: in sampling. Mean size of the drift over seeds."""
     lines = [f"| {name}, trained with | " + " | ".join(f"sampled {t}" for t in CONTEXTS) + " |"]
     lines.append("|---" * (len(CONTEXTS) + 1) + "|")

@@ -81,7 +81,8 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     if not table:
         raise BadInput(f"{flags.results} holds no runs of these rows; --seeds=1 or more makes some")
     held_out = (compare.over_time(table, name) for name in ("jitter", "shape", "speed"))
-    print(compare.markdown(table), *held_out, compare.crossed(table), sep="\n\n")
+    drifts = (compare.crossed(table, f"{name}_drift") for name in ("contrast", "saturation"))
+    print(compare.markdown(table), *held_out, *drifts, sep="\n\n")
 
 
 def main() -> None:

@@ -31,10 +31,12 @@ def test_rows_are_possible(name):
     """Every row can be built; its control has the same cache (but for rows about it) and nothing else."""
     cfg = build("tiny", compare.ROWS[name])
     control = build("tiny", compare.ROWS[compare.reference(name)])
-    assert not control.beta or name.startswith("reward_forcing-")  # which are about sinks
     assert not (control.space or control.time or control.motion) and control.taper == "uniform"
-    if not name.startswith("reward_forcing-") and name != compare.WINDOWED:
-        assert (cfg.window, cfg.sink_mode) == (control.window, control.sink_mode)
+    if name.startswith("reward_forcing-"):
+        sinks = {k: getattr(control, k) for k in ("sink", "sink_mode", "sink_decay", "sink_dtype")}
+        assert replace(cfg, **sinks) == control, "about sinks, and nothing else"
+    else:
+        assert not control.beta and (cfg.window, cfg.sink_mode) == (control.window, control.sink_mode)
 
 
 def test_rows_differ():
