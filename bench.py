@@ -120,7 +120,8 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     if name == "compiled":
         student.run = torch.compile(student.run)
     start = time.perf_counter()
-    parts, first = start_stream(student, cfg, CudaGraphs() if name == "graph" else directly)
+    how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
+    parts, first = start_stream(student, cfg, how())
     warm = time.perf_counter() - start
     diffusion = torch.tensor(seconds_of(parts, cfg, flags.chunks), dtype=torch.float64)
     frames = cfg.chunk * cfg.time_stride
@@ -134,7 +135,7 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
     row["peak MiB"] = peak_memory(cfg)
     if flags.long:
-        row |= late_to_early(parts, student, cfg, CudaGraphs() if name == "graph" else directly, flags)
+        row |= late_to_early(parts, student, cfg, how(), flags)
     return row
 
 

@@ -228,16 +228,13 @@ def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -
         start01, end01 = (
             codec.decode(torch.cat(part, 1)).float() for part in (x[: cfg.chunks], x[-cfg.chunks :])
         )
-        views["within"].append(with_axes(measure(start01, prompts)))
+        found = measure(start01, prompts)
+        views["within"].append(found | three_axes(found))
         if far > 1:
-            both = measure(torch.cat([start01, end01], 1), prompts)
+            found, both = measure(end01, prompts), measure(torch.cat([start01, end01], 1), prompts)
             drift = {f"{k}_drift": both[k] for k in ("saturation", "contrast")}
-            views["beyond"].append(with_axes(measure(end01, prompts)) | drift)
+            views["beyond"].append(found | three_axes(found) | drift)
     return {view: per_prompt(parts) for view, parts in views.items()}, sorted(seconds)[len(seconds) // 2]
-
-
-def with_axes(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return found | three_axes(found)
 
 
 def training(folder: Path) -> dict:
@@ -268,13 +265,14 @@ def read_result(path: Path) -> dict:
         raise BadInput(f"{path} was not written by evaluate.py table: {error!r}") from error
 
 
-def load_results(results: Path, names: list[str]) -> dict[str, dict[int, dict]]:
-    """{row: {seed: what was found}} of the rows that have been run. Raises BadInput if mixed."""
+def load_results(results: Path, names: list[str], seeds: tuple[int, ...] = ()) -> dict[str, dict[int, dict]]:
+    """{row: {seed: what was found}} of the rows that have been run, with these seeds (none named: with any).
+    Raises BadInput if mixed."""
     table: dict[str, dict[int, dict]] = {}
     made = set()
     for path in sorted(results.glob("*.json")):
         found = read_result(path)
-        if found["row"] in names:
+        if found["row"] in names and (not seeds or found["seed"] in seeds):
             table.setdefault(found["row"], {})[found["seed"]] = found
             made.add(tuple(found["asked"][k] for k in ("nets", "clips", "steps", "batch")))
     if len(made) > 1:

@@ -39,6 +39,7 @@ class Flags:
     # of `evaluate.py table`
     methods: str = ""  # rows of compare.py, comma-separated; default all
     seeds: int = 5  # 0: only print what has been measured
+    shown: tuple[int, ...] = ()  # print these seeds alone; default all
     results: Path = Path("results")  # one JSON file a run
     runs: Path = Path("out/table")  # what training leaves
 
@@ -77,7 +78,7 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     names = compare.rows_named(flags.methods, typed)
     if flags.seeds:
         compare.compare(names, typed, replace(flags, nets=Path(flags.nets or "assets/tiny")))
-    table = compare.load_results(flags.results, names)
+    table = compare.load_results(flags.results, names, flags.shown)
     if not table:
         raise BadInput(f"{flags.results} holds no runs of these rows; --seeds=1 or more makes some")
     held_out = (compare.over_time(table, name) for name in ("jitter", "shape", "speed"))

@@ -182,6 +182,16 @@ def test_differences_are_paired():
     assert line.startswith("| diagonal | 3 | 0.500 ± 0.497 (+0.100 ± 0.000)"), line
 
 
+def test_seeds_can_be_shown_alone(monkeypatch, capsys):
+    """Catches a replication that is averaged with the seeds it shall replicate."""
+    root = Path(compare.__file__).parent / "results"
+    both = compare.load_results(root, ["tilted"])["tilted"]
+    fresh = compare.load_results(root, ["tilted"], (5, 6))["tilted"]
+    assert fresh == {5: both[5], 6: both[6]} and len(both) > 2
+    call(monkeypatch, f"--results={root}", "--seeds=0", "--methods=tilted", "--shown=5,6")
+    assert "| tilted | 2 |" in capsys.readouterr().out
+
+
 def test_what_was_held_out_over_time():
     """Catches steps in the order of their digits, and seeds that stopped early counted as zero."""
     runs = {seed: {"training": {"held out": {str(step): {"jitter": step + seed} for step in (25, 100)}}}
@@ -218,6 +228,12 @@ def test_forwards_of_seven_chunks():
         cfg = build("tiny", compare.ROWS[name])
         assert sum(len(step_grid(cfg, k)) + (cfg.context != "none") for k in range(7)) == forwards
     assert PRESETS["tiny"].method == "stream_r1"
+
+
+def test_shipped_results_say_how_far_and_how_many():
+    """Without it, streams of another length would be taken for these (`alike` fills in what is missing)."""
+    for path in (Path(compare.__file__).parent / "results").glob("*.json"):
+        assert {"far": 9, "few": 64}.items() <= compare.read_result(path)["asked"].items(), path
 
 
 def test_results_outlive_new_fields():
