@@ -30,7 +30,7 @@ from codec import Codec
 from compare import PARTLESS, as_flag
 from config import BadInput, Config, build, cli, read_cli
 from data import rng_for
-from graphs import CudaGraphs
+from graphs import CudaGraphs, compiled
 from model import RingCache, VideoDiT
 from processes import pick_device
 from rollout import directly, step_grid, stream
@@ -118,7 +118,7 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     if cfg.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     if name == "compiled":
-        student.run = torch.compile(student.run)
+        student.run = compiled(student.run, cfg.device)
     start = time.perf_counter()
     how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
     parts, first = start_stream(student, cfg, how())

@@ -7,6 +7,7 @@
 Every stage prints what to expect, saves as it goes (--resume), and leaves a contact sheet.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ FREE = ("device", "save_every", "eval_every", "eval_clips", "max_bad")  # may ch
 class Flags:
     stage: str = "all"  # codec | teacher | causal | consistency (optional) | reward | all
     out: str = "out/pretrain"
-    start: str = ""  # an earlier teacher to go on from, the learning rate rising and falling anew
+    start: str = ""  # an earlier codec or teacher to go on from, the learning rate rising and falling anew
     rivals: str = ""  # students whose clips the reward model learns to put below real ones, comma-separated
     resume: bool = False
     steps: int = 0  # 0: the stage's own
@@ -129,6 +130,13 @@ def made(kind: str, cfg: Config, flags: Flags) -> nn.Module:
     return checkpoint.load_net(Path(flags.out) / f"{kind}.safetensors", cfg, kind)
 
 
+def started(cfg: Config, flags: Flags, kind: str) -> nn.Module:
+    """The net to go on from; it may have read shorter captions, of fewer objects."""
+    made = json.loads(checkpoint.read_header(flags.start)["config"])
+    then = replace(cfg, **{k: made[k] for k in ("objects", "text_length")})
+    return checkpoint.load_net(flags.start, then, kind).train()
+
+
 def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
     return [(cfg.seed, stage.name, step, i) for i in range(stage.batch)]
 
@@ -136,7 +144,7 @@ def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
 def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Triplets of frames, two frames apart."""
     torch.manual_seed(cfg.seed)
-    net = Codec(cfg)
+    net = started(cfg, flags, "codec") if flags.start else Codec(cfg)
 
     def loss_of(net, averaged, step):
         video = source.batch(keys(cfg, stage, step), torch.tensor([0, 2, 4])).video01
@@ -166,7 +174,7 @@ def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.
     what words decide lies between (LOG.md). Logit-normal as in Stable Diffusion 3 (Esser et al. 2024).
     """
     torch.manual_seed(cfg.seed)
-    net = checkpoint.load_net(flags.start, cfg, "teacher").train() if flags.start else VideoDiT(cfg)
+    net = started(cfg, flags, "teacher") if flags.start else VideoDiT(cfg)
 
     def loss_of(net, averaged, step):
         x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)

@@ -29,7 +29,7 @@ from checkpoint import is_ours, load_net, read_header, writable_folder, write_at
 from codec import Codec
 from config import METHODS, BadInput, Config, build, cli, from_words, read_cli
 from data import read_clip, rng_for, tokenize, understand
-from graphs import CudaGraphs
+from graphs import CudaGraphs, compiled
 from model import RingCache
 from plot import contact_sheet, to_uint8
 from processes import pick_device
@@ -51,6 +51,7 @@ class Flags:
     wan: str = ""  # Wan2.1 in diffusers' format: codec and text; --student may then be another trainer's
     init: str = ""  # a clip or a picture to go on from
     graph: bool = True  # CUDA graphs; without a GPU there are none
+    compile: bool = False  # a minute first, then chunks in half the time on a CPU (bench.py --compile)
 
 
 def main() -> None:
@@ -62,6 +63,8 @@ def main() -> None:
     del read  # and with it a text encoder that is larger than all else
     student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
 
+    if flags.compile:
+        student.run = compiled(student.run, cfg.device)
     call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
     seconds: list[float] = []
     first: list[Tensor] = []
@@ -79,7 +82,8 @@ def main() -> None:
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=zoom(cfg) // 2 or 1)
-    report(seconds, cfg, out, "eager" if call is directly else "CUDA graphs")
+    how = "eager" if call is directly else "CUDA graphs"
+    report(seconds, cfg, out, how + ", compiled" * flags.compile)
 
 
 def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, seconds: list) -> Iterator[Tensor]:

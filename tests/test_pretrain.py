@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import pretrain
@@ -48,6 +49,24 @@ def test_an_interrupted_stage_ends_in_the_same_bits(monkeypatch, tmp_path):
     )
     assert_close(one["net"], two["net"], rtol=0, atol=0)
     assert_close(one["averaged"], two["averaged"], rtol=0, atol=0)
+
+
+def test_a_stage_goes_on_from_nets_that_knew_one_object(monkeypatch, tmp_path, capsys):
+    """--start reads codec and teacher of the shorter captions; its weights are where the new ones begin."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for stage in ("codec", "teacher"):
+        call(monkeypatch, *SMALL, f"--stage={stage}", "--steps=1", f"--out={one}")
+    rest = ("--objects=2", "--text_length=9", "--steps=1", "--lr=1e-9", f"--out={two}")
+    for stage in ("codec", "teacher"):
+        call(monkeypatch, *SMALL, *rest, f"--stage={stage}", f"--start={one / stage}.safetensors")
+        then, now = (load_file(folder / f"{stage}.safetensors") for folder in (one, two))
+        for name in (name for name in then if not name.startswith("unit.")):  # statistics of other clips
+            assert_close(then[name], now[name], rtol=0, atol=2e-4, msg=f"{stage}: {name}")
+    with pytest.raises(SystemExit) as stopped:
+        argv = (*SMALL, "--dim=64", *rest[:-1], f"--out={tmp_path / 'wide'}")
+        call(monkeypatch, *argv, "--stage=codec")
+        call(monkeypatch, *argv, "--stage=teacher", f"--start={one / 'teacher'}.safetensors")
+    assert stopped.value.code == 2 and "does not fit the network" in capsys.readouterr().err
 
 
 def test_a_second_run_does_not_overwrite_the_first(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """sample.py as people run it, on the random nets of test_train."""
 
+import shutil
 import sys
 
 import imageio.v3 as iio
@@ -47,6 +48,22 @@ def test_seed_repeats_exactly(call):
         frames_of(call(f"--seed={s}", "--frames=8", out=f"{i}.webp")) for i, s in enumerate((1, 1, 2))
     )
     assert np.array_equal(one, two) and not np.array_equal(one, other)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_shows_the_same(call, capsys):
+    """Frames are bytes; a compiler that sums in another order may move one by a step or two."""
+    eager, compiled = (
+        frames_of(call(*how, "--frames=12", out=f"{len(how)}.webp")) for how in ((), ("--compile",))
+    )
+    assert abs(eager.astype(int) - compiled).max() <= 2 and "compiled" in capsys.readouterr().out
+
+
+def test_compiling_without_a_compiler_is_refused(call, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as stopped:
+        call("--compile", "--device=cpu")
+    assert stopped.value.code == 2 and "g++" in capsys.readouterr().err
 
 
 def test_prompt_switch_keeps_what_was_before_it(call):
