@@ -89,10 +89,12 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.96)  #
 
 def reference(row: str) -> str:
     """What a row is compared with: the same cache and guidance without the row's own idea; other guidance
-    with the usual one, other sinks with the EMA sink."""
+    with the usual one, other sinks with the EMA sink, weights of the motion term beside a taper with none."""
     cfg = build("tiny", ROWS[row])
     if row.startswith("reward_forcing-"):
         return "reward_forcing"
+    if row in ("diagonal-motion1", "diagonal-motion4"):
+        return "diagonal-motion0"
     if not cfg.window:
         return BASE
     plain = build("tiny", PARTLESS | {"denoise": cfg.denoise, "guidance": cfg.guidance})
