@@ -54,13 +54,13 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-one_weight": _SR1 | {"released_weight": True},
     "stream_r1-kv_grad": _SR1 | {"kv_grad": True},
     # Diagonal Distillation's parts
-    "diagonal-432": _DIAGONAL | {"taper": "432"},
+    "diagonal-432": _DIAGONAL | {"taper": "432", "motion": 0.2},
     "diagonal-taper": _DIAGONAL | {"motion": 0.0, "context": "clean"},
     "diagonal-no_refresh": _DIAGONAL | {"motion": 0.0, "taper": "uniform"},
-    "diagonal-motion": _DIAGONAL | {"taper": "uniform", "context": "clean"},
+    "diagonal-motion": _DIAGONAL | {"motion": 0.2, "taper": "uniform", "context": "clean"},
     "diagonal-motion0": _DIAGONAL | {"motion": 0.0},
+    "diagonal-motion.2": _DIAGONAL | {"motion": 0.2},
     "diagonal-motion1": _DIAGONAL | {"motion": 1.0},
-    "diagonal-motion4": _DIAGONAL | {"motion": 4.0},
     # ours: how strongly the critic is tilted, and all of Stream-R1 on top
     "tilted-2": {"method": "tilted", "tilt": 2.0},
     "tilted-stream_r1": _SR1 | {"tilt": 6.0},
@@ -94,7 +94,7 @@ def reference(row: str) -> str:
     cfg = build("tiny", ROWS[row])
     if row.startswith("reward_forcing-"):
         return "reward_forcing"
-    if row in ("diagonal-motion1", "diagonal-motion4"):
+    if row in ("diagonal-motion.2", "diagonal-motion1"):
         return "diagonal-motion0"
     if not cfg.window:
         return BASE
@@ -304,8 +304,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def markdown(table: dict[str, dict[int, dict]]) -> str:
-    """One line a row: means and 95 % intervals over seeds, in brackets the paired difference to `reference`.
+def markdown(table: dict[str, dict[int, dict]], against: str = "") -> str:
+    """One line a row: means and 95 % intervals over seeds, in brackets the paired difference to one row, or,
+    if none is named, to each row's `reference`.
 
     Failed runs are counted, not averaged. Of many intervals one in twenty excludes zero by chance.
     """
@@ -318,7 +319,7 @@ def markdown(table: dict[str, dict[int, dict]]) -> str:
         if not runs:
             lines.append(f"| {row} | {n} |" + " |" * (len(heads) - 2))
             continue
-        gained = gains(table, row, COLUMNS)
+        gained = gains(table, row, COLUMNS, against)
         cells = []
         for name, view in COLUMNS:
             mean, half = interval([mean_of(found, view, name) for found in runs.values()])
@@ -349,10 +350,11 @@ def finished(table: dict[str, dict[int, dict]], row: str) -> dict[int, dict]:
     return {seed: found for seed, found in table.get(row, {}).items() if "failed" not in found}
 
 
-def gains(table: dict[str, dict[int, dict]], row: str, columns) -> dict[tuple, list[float]]:
+def gains(table: dict[str, dict[int, dict]], row: str, columns, against="") -> dict[tuple, list[float]]:
     """{(measure, view): a row minus its control, seed by seed}; empty where no seed has both."""
-    runs, control = finished(table, row), finished(table, reference(row))
-    shared = sorted(runs.keys() & control.keys()) if row != reference(row) else []
+    other = against or reference(row)
+    runs, control = finished(table, row), finished(table, other)
+    shared = sorted(runs.keys() & control.keys()) if row != other else []
     return {
         (name, view): [mean_of(runs[s], view, name) - mean_of(control[s], view, name) for s in shared]
         for name, view in columns if shared

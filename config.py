@@ -218,7 +218,7 @@ METHODS: dict[str, dict] = {
     "self_forcing": dict(_PLAIN, window=0, sink=0, sink_mode="none"),
     "reward_forcing": dict(space=False, time=False, balance="none", axes=("MQ",)),
     "stream_r1": {},
-    "diagonal": dict(_PLAIN, taper="5432", context="none", motion=0.2),
+    "diagonal": dict(_PLAIN, taper="5432", context="none", motion=4.0),
     "first_chunk_more": dict(_PLAIN, taper="first"),
     "tilted": dict(_PLAIN, tilt=6.0),
     "steered": dict(_PLAIN, steer=5.0, guidance=3.0),

@@ -18,6 +18,7 @@ from reward import RewardModel
 from rollout import rollout
 
 ROOT = Path(__file__).parent.parent
+TWO = {"objects": 2, "text_length": 9}
 CFG = PRESETS["tiny"]
 KINDS = {
     "codec": Codec,
@@ -95,16 +96,17 @@ def test_reward_ranks_damaged_clips_below_good_ones(shipped, clips):
         assert (best[:, axis] > scores[:, axis]).float().mean() >= least
 
 
-def test_results_are_of_the_shipped_nets():
+@pytest.mark.parametrize("folder, nets, typed", [("results", "tiny", {}), ("results/two", "two", TWO)])
+def test_results_are_of_the_shipped_nets(folder, nets, typed):
     """Catches results that nothing in the repository can reproduce any more: other nets, or settings that no
     row of compare.py stands for today."""
-    paths = sorted((ROOT / "results").glob("*.json"))
+    paths = sorted((ROOT / folder).glob("*.json"))
     assert paths
-    nets = fingerprint(ROOT / "assets" / "tiny")
+    nets = fingerprint(ROOT / "assets" / nets)
     for path in paths:
         found = json.loads(path.read_text())
         assert path.stem == f"{found['row']}-{found['seed']}"
-        given = compare.ROWS[found["row"]] | {"seed": found["seed"]}
+        given = compare.ROWS[found["row"]] | typed | {"seed": found["seed"]}
         assert compare.alike(found["asked"], compare.asked_for(given, nets, found["asked"]["clips"])), (
             path.name
         )

@@ -182,6 +182,15 @@ def test_differences_are_paired():
     better = {seed: run(0.2 * seed + 0.1) for seed in range(1, 4)}
     line = compare.markdown({compare.WINDOWED: base, "diagonal": better}).splitlines()[-1]
     assert line.startswith("| diagonal | 3 | 0.500 ± 0.497 (+0.100 ± 0.000)"), line
+    table = {compare.WINDOWED: base, "diagonal": better, "diagonal-motion0": {1: run(0.0), 2: run(0.2)}}
+    line = compare.markdown(table, "diagonal-motion0").splitlines()[3]
+    assert line.startswith("| diagonal | 3 | 0.500 ± 0.497 (+0.300 ± 0.000)"), "against the row named"
+
+
+def test_an_unknown_row_to_be_held_against_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "--seeds=0", "--against=diagonal-")
+    assert stopped.value.code == 2 and "--against=diagonal-" in capsys.readouterr().err
 
 
 def test_seeds_can_be_shown_alone(monkeypatch, capsys):
