@@ -117,8 +117,6 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     """One row of the table."""
     if cfg.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    if name == "compiled":
-        student.run = compiled(student.run, cfg.device)
     start = time.perf_counter()
     how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
     parts, first = start_stream(student, cfg, how())
@@ -160,10 +158,15 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
         codec = Codec(cfg).eval() if cfg.stride == 8 and cfg.time_stride == 1 else None
     if cfg.bf16:
         student.bfloat16()
-    modes = ["eager"] + ["graph"] * (cfg.device != "cpu") + ["compiled"] * flags.compile
+    modes = {"eager": student.run} | ({"graph": student.run} if cfg.device != "cpu" else {})
+    if flags.compile:
+        modes["compiled"] = compiled(student.run, cfg.device)
     with torch.inference_mode():
         flops, peak = count_flops(start_stream(student, cfg, directly)[0]), matmul_peak(cfg)
-        return [measure_mode(mode, student, codec, cfg, flags, flops, peak) for mode in modes]
+        rows = []
+        for mode, student.run in modes.items():
+            rows.append(measure_mode(mode, student, codec, cfg, flags, flops, peak))
+        return rows
 
 
 def training(preset: str, typed: dict, flags: Flags) -> list[dict]:

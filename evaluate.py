@@ -40,7 +40,7 @@ class Flags:
     methods: str = ""  # rows of compare.py, comma-separated; default all
     seeds: int = 5  # 0: only print what has been measured
     shown: tuple[int, ...] = ()  # print these seeds alone; default all
-    against: str = ""  # the row all others are held against; default each one's own control
+    against: str = ""  # the row all others are held against, by seeds both have; default: their controls
     results: Path = Path("results")  # one JSON file a run
     runs: Path = Path("out/table")  # what training leaves
 
@@ -76,14 +76,16 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     """Train and measure what is missing, then print the table (compare.py)."""
     if not 0 <= flags.seeds <= 10 or flags.clips < 2:
         raise BadInput(f"seeds={flags.seeds} clips={flags.clips} is not possible; allowed: 0 to 10, from 2")
+    if flags.against not in ("", *compare.ROWS):
+        raise BadInput(f"--against={flags.against} is not possible; allowed: {' '.join(compare.ROWS)}")
     names = compare.rows_named(f"{flags.methods},{flags.against}" if flags.methods else "", typed)
-    if flags.against not in ("", *names):
-        raise BadInput(f"--against={flags.against} is not possible; allowed: {' '.join(names)}")
     if flags.seeds:
         compare.compare(names, typed, replace(flags, nets=Path(flags.nets or "assets/tiny")))
     table = compare.load_results(flags.results, names, flags.shown)
     if not table:
         raise BadInput(f"{flags.results} holds no runs of these rows; --seeds=1 or more makes some")
+    if flags.against and flags.against not in table:
+        raise BadInput(f"{flags.results} holds no runs of --against={flags.against}; --seeds=1 makes one")
     held_out = (compare.over_time(table, name) for name in ("jitter", "shape", "speed"))
     drifts = (compare.crossed(table, f"{name}_drift") for name in ("contrast", "saturation"))
     print(compare.markdown(table, flags.against), *held_out, *drifts, sep="\n\n")

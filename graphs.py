@@ -8,6 +8,7 @@ stand are tensors, prompts are copied into place, and noise comes in from outsid
 Where there are no CUDA graphs, on a CPU, `compiled` takes most of Python's part away.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from config import BadInput
 def compiled(function: Callable, device: str) -> Callable:
     """torch.compile. On a CPU the kernels are called from C++: at small sizes Python is what takes the time.
     Raises BadInput without a compiler."""
-    if device == "cpu" and not shutil.which("g++"):
-        raise BadInput("--compile is not possible on this CPU; allowed: with g++ installed")
+    if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise BadInput("--compile is not possible without a C++ compiler; allowed: with g++, or $CXX")
     return torch.compile(function, options={"cpp_wrapper": device == "cpu"})
 
 

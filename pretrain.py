@@ -130,10 +130,12 @@ def made(kind: str, cfg: Config, flags: Flags) -> nn.Module:
     return checkpoint.load_net(Path(flags.out) / f"{kind}.safetensors", cfg, kind)
 
 
-def started(cfg: Config, flags: Flags, kind: str) -> nn.Module:
-    """The net to go on from; it may have read shorter captions, of fewer objects."""
-    made = json.loads(checkpoint.read_header(flags.start)["config"])
-    then = replace(cfg, **{k: made[k] for k in ("objects", "text_length")})
+def started(cfg: Config, flags: Flags, kind: str) -> nn.Module | None:
+    """What --start names, if it is of this kind; its captions may have been of another length."""
+    if not flags.start or (header := checkpoint.read_header(flags.start))["kind"] != kind:
+        return None
+    words = json.loads(header["config"])
+    then = replace(cfg, **{k: words[k] for k in ("objects", "text_length")})
     return checkpoint.load_net(flags.start, then, kind).train()
 
 
@@ -144,7 +146,7 @@ def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
 def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Triplets of frames, two frames apart."""
     torch.manual_seed(cfg.seed)
-    net = started(cfg, flags, "codec") if flags.start else Codec(cfg)
+    net = started(cfg, flags, "codec") or Codec(cfg)
 
     def loss_of(net, averaged, step):
         video = source.batch(keys(cfg, stage, step), torch.tensor([0, 2, 4])).video01
@@ -174,7 +176,7 @@ def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.
     what words decide lies between (LOG.md). Logit-normal as in Stable Diffusion 3 (Esser et al. 2024).
     """
     torch.manual_seed(cfg.seed)
-    net = started(cfg, flags, "teacher") if flags.start else VideoDiT(cfg)
+    net = started(cfg, flags, "teacher") or VideoDiT(cfg)
 
     def loss_of(net, averaged, step):
         x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)
@@ -361,7 +363,11 @@ def main() -> None:
     source = source_of(cfg, drop_words=0.1)
     if isinstance(source, PromptFile):
         raise BadInput(f"--data={cfg.data} is a file of prompts; networks are made from a folder of clips")
-    for name in NEEDED if flags.stage == "all" else (flags.stage,):
+    stages = NEEDED if flags.stage == "all" else (flags.stage,)
+    kind = checkpoint.read_header(flags.start)["kind"] if flags.start else ""
+    if kind not in {"", "codec", "teacher"} & {"", *stages}:
+        raise BadInput(f"--start={flags.start} is a {kind}; allowed: a codec or teacher, for its own stage")
+    for name in stages:
         own = {k: getattr(flags, k) for k in ("steps", "batch", "lr") if getattr(flags, k)}
         stage = replace(STAGES[name], **own)
         print(f"{name}: {stage.steps} steps of {stage.batch} clips; expect {stage.expect}", flush=True)

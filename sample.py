@@ -51,7 +51,7 @@ class Flags:
     wan: str = ""  # Wan2.1 in diffusers' format: codec and text; --student may then be another trainer's
     init: str = ""  # a clip or a picture to go on from
     graph: bool = True  # CUDA graphs; without a GPU there are none
-    compile: bool = False  # a minute first, then chunks in half the time on a CPU (bench.py --compile)
+    compile: bool = False  # the first chunk takes a minute, for long streams (bench.py --compile)
 
 
 def main() -> None:
@@ -82,8 +82,8 @@ def main() -> None:
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=zoom(cfg) // 2 or 1)
-    how = "eager" if call is directly else "CUDA graphs"
-    report(seconds, cfg, out, how + ", compiled" * flags.compile)
+    how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
+    report(seconds, cfg, out, " in ".join(how) or "eager")
 
 
 def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, seconds: list) -> Iterator[Tensor]:

@@ -187,10 +187,14 @@ def test_differences_are_paired():
     assert line.startswith("| diagonal | 3 | 0.500 ± 0.497 (+0.300 ± 0.000)"), "against the row named"
 
 
-def test_an_unknown_row_to_be_held_against_is_refused(monkeypatch, capsys):
+@pytest.mark.parametrize("row", ["diagonal-", "steered-tilt-2steps"])
+def test_a_row_without_runs_to_be_held_against_is_refused(monkeypatch, capsys, tmp_path, row):
+    """An unknown row, and one that has not been run."""
+    found = (Path(compare.__file__).parent / "results/windowed-0.json").read_bytes()
+    (tmp_path / "windowed-0.json").write_bytes(found)
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, "--seeds=0", "--against=diagonal-")
-    assert stopped.value.code == 2 and "--against=diagonal-" in capsys.readouterr().err
+        call(monkeypatch, "--seeds=0", f"--results={tmp_path}", "--methods=windowed", f"--against={row}")
+    assert stopped.value.code == 2 and f"--against={row}" in capsys.readouterr().err
 
 
 def test_seeds_can_be_shown_alone(monkeypatch, capsys):
@@ -243,7 +247,7 @@ def test_forwards_of_seven_chunks():
 
 def test_shipped_results_say_how_far_and_how_many():
     """Without it, streams of another length would be taken for these (`alike` fills in what is missing)."""
-    for path in (Path(compare.__file__).parent / "results").glob("*.json"):
+    for path in (Path(compare.__file__).parent / "results").rglob("*.json"):
         assert {"far": 9, "few": 64}.items() <= compare.read_result(path)["asked"].items(), path
 
 

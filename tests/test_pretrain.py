@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import checkpoint
 import pretrain
 from codec import Codec
 from config import build, cli
@@ -55,7 +56,7 @@ def test_a_stage_goes_on_from_nets_that_knew_one_object(monkeypatch, tmp_path, c
     """--start reads codec and teacher of the shorter captions; its weights are where the new ones begin."""
     one, two = tmp_path / "one", tmp_path / "two"
     for stage in ("codec", "teacher"):
-        call(monkeypatch, *SMALL, f"--stage={stage}", "--steps=1", f"--out={one}")
+        call(monkeypatch, *SMALL, f"--stage={stage}", "--steps=1", "--seed=1", f"--out={one}")
     rest = ("--objects=2", "--text_length=9", "--steps=1", "--lr=1e-9", f"--out={two}")
     for stage in ("codec", "teacher"):
         call(monkeypatch, *SMALL, *rest, f"--stage={stage}", f"--start={one / stage}.safetensors")
@@ -67,6 +68,13 @@ def test_a_stage_goes_on_from_nets_that_knew_one_object(monkeypatch, tmp_path, c
         call(monkeypatch, *argv, "--stage=codec")
         call(monkeypatch, *argv, "--stage=teacher", f"--start={one / 'teacher'}.safetensors")
     assert stopped.value.code == 2 and "does not fit the network" in capsys.readouterr().err
+    for argv in (("--stage=codec",), ("--stage=all", f"--start={one / 'causal'}.safetensors")):
+        (one / "causal.safetensors").write_bytes((one / "teacher.safetensors").read_bytes())
+        checkpoint.annotate(one / "causal.safetensors", kind="causal")
+        with pytest.raises(SystemExit) as stopped:
+            start = f"--start={one / 'teacher'}.safetensors"
+            call(monkeypatch, *SMALL, start, *argv, "--steps=1", f"--out={tmp_path / 'other'}")
+        assert stopped.value.code == 2 and "for its own stage" in capsys.readouterr().err
 
 
 def test_a_second_run_does_not_overwrite_the_first(monkeypatch, tmp_path, capsys):

@@ -53,10 +53,12 @@ def test_seed_repeats_exactly(call):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_shows_the_same(call, capsys):
     """Frames are bytes; a compiler that sums in another order may move one by a step or two."""
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     eager, compiled = (
         frames_of(call(*how, "--frames=12", out=f"{len(how)}.webp")) for how in ((), ("--compile",))
     )
-    assert abs(eager.astype(int) - compiled).max() <= 2 and "compiled" in capsys.readouterr().out
+    assert abs(eager.astype(int) - compiled).max() <= 2 and "cpu, compiled" in capsys.readouterr().out
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before, "nothing was compiled"
 
 
 def test_compiling_without_a_compiler_is_refused(call, monkeypatch, capsys):
