@@ -2,6 +2,7 @@
 
 python plot.py curves --run=out/train              metrics.jsonl → out/train/curves.png
 python plot.py saliency --prompt "a red circle moving left slowly"      → out/saliency.png
+python plot.py weights --clips=512                do weights go where errors are? → out/weights.png
 python plot.py table --results=results             what evaluate.py table has measured → out/table.png
 python plot.py methods --runs=out/table            what its students draw, early and late → out/methods.png
 """
@@ -18,10 +19,13 @@ from torch import Tensor
 import compare
 from checkpoint import load_net, read_header, writable_folder, write_atomically
 from config import BadInput, Config, cli, from_words, read_cli
-from data import rng_for, tokenize, understand
-from reward import AXES, RewardModel
-from rollout import rollout, stream
-from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
+from data import World, caption, rng_for, tokenize, understand
+from dmd import guided_x0
+from measure import measure, three_axes
+from model import add_noise
+from reward import AXES, RewardModel, rollout_weight
+from rollout import randn, rollout, stream
+from saliency import factorise, fuse_axes, intra_weight, reward_saliency, to_latent_grid
 
 
 def to_uint8(video01: Tensor) -> Tensor:
@@ -36,9 +40,9 @@ def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: in
     frames, h, w, _ = max((s.shape for s in strips), key=lambda shape: shape[0])
     sheet = Image.new("RGB", (frames * (w * scale + gap), len(rows) * (h * scale + label + gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, (caption, strip) in enumerate(zip(rows, strips, strict=True)):
+    for r, (words, strip) in enumerate(zip(rows, strips, strict=True)):
         top = r * (h * scale + label + gap)
-        draw.text((2, top + 1), caption, fill="black")
+        draw.text((2, top + 1), words, fill="black")
         for f, frame in enumerate(strip.numpy()):
             image = Image.fromarray(frame).resize((w * scale, h * scale), Image.Resampling.NEAREST)
             sheet.paste(image, (f * (w * scale + gap), top + label))
@@ -105,6 +109,90 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
     contact_sheet(path, rows)
 
 
+# -- weights against errors ----------------------------------------
+GROUPS = 8
+
+
+@torch.no_grad()
+def weights_and_errors(nets: dict, cfg: Config, clips: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """A student's clips for prompts of the test split → {what: (weight, error)}, each (rows points): a weight
+    counts in comparison with the others of its row.
+
+    exp(β r) of the rollouts of a batch, against what pixels say is wrong with them (measure.py) · W_time of
+    four frames in a row, against the jitter in them · W_time W_space of the latent cells of a clip, against
+    |x - x̂_T|, what the teacher would change at t = 1/2, mean over channels.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for first in range(0, clips, cfg.batch):
+        keys = [("weights", i) for i in range(first, first + cfg.batch)]
+        words, rngs = World(cfg, "test").captions(keys), [rng_for(*key) for key in keys]
+        text, prompts = tokenize(words, cfg.text_length, cfg.text_width), [caption(w) for w in words]
+        x = rollout(nets["student"], text, cfg, rngs)
+        video01, t = nets["codec"].decode(x).float(), torch.full(x.shape[:2], 0.5)
+        noisy = add_noise(x, randn(rngs, *x.shape[1:]), t)
+        change = x - guided_x0(nets["teacher"], noisy, t, text, torch.zeros_like(text[:1]), cfg.guidance)
+        scores, pixels = reward_saliency(nets["reward"], video01, text)
+        cells = to_latent_grid(pixels, *cfg.latent_shape[1:])
+        time, _ = factorise(fuse_axes(cells, scores, cfg.fuse_temperature), cfg.floor_time, cfg.floor_space)
+        intra, inter = intra_weight(cells, scores, cfg), rollout_weight(scores.mean(1), cfg)
+        fours = [slice(f, f + 4) for f in range(x.shape[1] - 3)]
+        jitter = [measure(video01[:, four], prompts)["jitter"] for four in fours]
+        axes = three_axes(measure(video01, prompts))
+        rows = {
+            f"exp({cfg.beta} r) of a rollout: 1 - {axis}": (inter[None], 1 - v[None])
+            for axis, v in axes.items()
+        }
+        rows["W_time of four frames: jitter"] = (
+            torch.stack([time[:, f].mean(1) for f in fours], 1),
+            torch.stack(jitter, 1),
+        )
+        rows["W_time W_space of a cell: |x - x_T|"] = intra.flatten(1), change.abs().mean(2).flatten(1)
+        for what, pair in rows.items():
+            found.setdefault(what, []).append(pair)
+    return {what: tuple(map(torch.cat, zip(*pairs, strict=True))) for what, pairs in found.items()}
+
+
+def ranks(x: Tensor) -> Tensor:
+    """(rows points) → rank in its row, from 0; equal ones share the mean of theirs."""
+    below, equal = (how(x[:, None, :], x[:, :, None]).sum(-1) for how in (torch.lt, torch.eq))
+    return below + (equal - 1) / 2
+
+
+def by_weight(weight: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows points) each → Spearman's ρ per row; (rows GROUPS) the mean error of each eighth of the points,
+    lightest first, over that of the row. nan for a row without errors, or all alike."""
+    a, b = (ranks(x) - (x.shape[1] - 1) / 2 for x in (weight, error))
+    rho = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+    alike = (weight[:, None, :] == weight[:, :, None]).float()  # at the floor many weights are
+    error = torch.einsum("rij,rj->ri", alike, error) / alike.sum(-1) / error.mean(1, keepdim=True)
+    parts = error.gather(1, weight.argsort(1)).tensor_split(GROUPS, 1)
+    return rho, torch.stack([part.mean(1) for part in parts], dim=1)
+
+
+def weights_sheet(path: Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """A panel per weight and error: bars of mean error, the lightest eighth at the left, 95 % intervals over
+    rows; the line is the mean of all. Prints ρ."""
+    w, h, columns = 260, 150, 3
+    image = Image.new("RGB", (w * columns, h * -(-len(found) // columns)), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (what, pair) in enumerate(found.items()):
+        rho, bars = by_weight(*pair)
+        middle, half = compare.interval(rho)
+        print(f"{what:36} rho {middle:+.3f} ± {half:.3f} (n = {int(rho.isfinite().sum())})")
+        left, top, bottom = i % columns * w + 8, i // columns * h, (i // columns + 1) * h - 12
+        draw.text((left, top + 2), what, "black")
+        draw.text((left, top + 14), f"rho {middle:+.2f} ± {half:.2f}", "grey")
+        ends = [compare.interval(bar) for bar in bars.unbind(1)]
+        scale = (h - 50) / max((m + wide for m, wide in ends if wide == wide), default=1.0)
+        for g, (mean, wide) in enumerate((m, wide) for m, wide in ends if wide == wide):
+            x = left + g * (w - 24) / GROUPS
+            draw.rectangle((x, bottom - mean * scale, x + 20, bottom), (150, 175, 220))
+            whisker = [(x + 10, bottom - y * scale) for y in (max(0, mean - wide), mean + wide)]
+            draw.line(whisker, "black")
+        draw.line((left, bottom - scale, left + w - 24, bottom - scale), "grey")
+    write_atomically(path, lambda name: image.save(name))
+
+
 # -- the comparison ----------------------------------------
 PANELS = [(axis, view) for view in ("within", "beyond") for axis in ("looks", "motion", "text")]
 
@@ -165,28 +253,46 @@ class Flags:
     out: str = "out"
     results: str = "results"
     runs: str = "out/table"
+    student: str = ""  # of saliency and weights; default <nets>/stream_r1.safetensors
+    clips: int = 512  # of `plot.py weights`
     methods: str = ""  # rows of compare.py, comma-separated; default all there are
+
+
+def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
+    """The saliency of one clip of the student, or its weights against its errors. Raises BadInput."""
+    nets = Path(flags.nets)
+    student = Path(flags.student or nets / "stream_r1.safetensors")
+    header = read_header(student)
+    cfg = from_words(header["config"], typed | {"device": "cpu"})
+    net, codec = load_net(student, cfg, "student"), load_net(nets / "codec.safetensors", cfg, "codec")
+    reward = load_net(nets / "reward.safetensors", cfg, "reward")
+    if what == "saliency":
+        words = understand(flags.prompt, cfg, header.get("vocabulary", "").split())
+        text = tokenize([words], cfg.text_length, cfg.text_width)
+        with torch.no_grad():
+            video01 = codec.decode(rollout(net, text, cfg, [rng_for(flags.seed, "saliency")]))
+        return saliency_sheet(out, video01, text, reward, cfg)
+    if cfg.data:
+        raise BadInput(f"{student} learnt from clips; measured is the procedural world alone")
+    if flags.clips < 2 * cfg.batch or flags.clips % cfg.batch:
+        allowed = f"{2 * cfg.batch}, {3 * cfg.batch} and so on"
+        raise BadInput(f"clips={flags.clips} is not possible; allowed: {allowed}")
+    teacher = load_net(nets / "teacher.safetensors", cfg, "teacher")
+    given = {"student": net, "codec": codec, "reward": reward, "teacher": teacher}
+    weights_sheet(out, weights_and_errors(given, cfg, flags.clips))
 
 
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
-    if typed and what != "saliency":
+    if typed and what not in ("saliency", "weights"):
         raise BadInput(f"plot.py {what} does not depend on --{min(typed)}; leave it out")
     if what == "curves":
         curves(Path(flags.run) / "curves.png", Path(flags.run) / "metrics.jsonl")
         print(f"{flags.run}/curves.png")
-    elif what == "saliency":
-        nets, out = Path(flags.nets), writable_folder(flags.out)
-        header = read_header(nets / "stream_r1.safetensors")
-        cfg = from_words(header["config"], typed | {"device": "cpu"})
-        words = understand(flags.prompt, cfg, header.get("vocabulary", "").split())
-        text = tokenize([words], cfg.text_length, cfg.text_width)
-        student = load_net(nets / "stream_r1.safetensors", cfg, "student")
-        codec, reward = (load_net(nets / f"{kind}.safetensors", cfg, kind) for kind in ("codec", "reward"))
-        with torch.no_grad():
-            video01 = codec.decode(rollout(student, text, cfg, [rng_for(flags.seed, "saliency")]))
-        saliency_sheet(out / "saliency.png", video01, text, reward, cfg)
-        print(out / "saliency.png")
+    elif what in ("saliency", "weights"):
+        out = writable_folder(flags.out) / f"{what}.png"
+        about_a_student(what, out, typed, flags)
+        print(out)
     elif what == "table":
         out = writable_folder(flags.out) / "table.png"
         table = compare.load_results(Path(flags.results), compare.rows_named(flags.methods, {}))
@@ -206,7 +312,8 @@ def main() -> None:
         methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
         print(out)
     else:
-        raise BadInput(f"plot.py {what} is not possible; allowed: curves | saliency | table | methods")
+        known = "curves | saliency | weights | table | methods"
+        raise BadInput(f"plot.py {what} is not possible; allowed: {known}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from test_train import nets  # noqa: F401  (a fixture)
 import compare
 import plot
 from config import cli
+from rollout import rollout
 
 
 def call(monkeypatch, *argv):
@@ -58,7 +59,58 @@ def test_saliency_of_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
     assert (one[: 4 * row] == two[: 4 * row]).all() and (one[4 * row :] != two[4 * row :]).any()
 
 
+def test_weights_are_held_against_the_errors_of_the_same_cells(nets, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A reward that looks at one cell of one frame, a teacher that sees nothing but zeros: both known."""
+    clips, pairs = [], []
+
+    def looks_at_one_cell(reward, video01, about):
+        seen = torch.zeros(len(video01), 3, *video01.shape[1:2], 32, 32)
+        seen[:, :, 9, 0:8, 8:16] = 1.0
+        return torch.zeros(len(video01), 3), seen
+
+    monkeypatch.setattr(plot, "reward_saliency", looks_at_one_cell)
+    monkeypatch.setattr(plot, "guided_x0", lambda teacher, xt, *rest: torch.zeros_like(xt))
+    monkeypatch.setattr(plot, "rollout", lambda *how: clips.append(rollout(*how)) or clips[-1])
+    monkeypatch.setattr(plot, "weights_sheet", lambda path, found: pairs.append(found))
+    call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=8", "--batch=4")
+    assert [len(x) for x in clips] == [4, 4]
+    weight, error = pairs[0]["W_time W_space of a cell: |x - x_T|"]
+    assert (weight.argmax(1) == 9 * 16 + 1).all(), "frame 9, first row, second column"
+    assert torch.allclose(error, torch.cat(clips).abs().mean(2).flatten(1), rtol=0, atol=0)
+    time, jitter = pairs[0]["W_time of four frames: jitter"]
+    heavy = time > time.min() + 1e-3
+    assert time.shape == jitter.shape == (8, 13) and heavy[:, 6:10].all() and heavy.sum() == 4 * 8
+    inter, error = pairs[0]["exp(0.5 r) of a rollout: 1 - looks"]
+    assert inter.shape == error.shape == (2, 4) and (inter == 1).all() and error.std() > 0
+
+
+def test_errors_by_weight():
+    """ρ is 1 and bars rise where errors follow weights; equal weights share their errors; no error, no ρ."""
+    weight = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
+    rho, bars = plot.by_weight(weight, weight.exp())
+    assert torch.allclose(rho, torch.ones(5)) and (bars.diff(dim=1) > 0).all()
+    rho, bars = plot.by_weight(weight, -weight.exp() + 10)
+    assert torch.allclose(rho, -torch.ones(5)) and (bars.diff(dim=1) < 0).all()
+    assert torch.allclose(bars.mean(1), torch.ones(5)), "in units of the mean error"
+    floored = weight.clamp(min=0.6)
+    _, bars = plot.by_weight(floored, weight)
+    assert torch.allclose(bars[:, :3], bars[:, :1].expand(-1, 3)), "more than half of them are at the floor"
+    assert plot.ranks(torch.tensor([[3.0, 1.0, 1.0, 2.0]])).tolist() == [[3.0, 0.5, 0.5, 2.0]]
+    assert plot.by_weight(weight, torch.zeros(5, 64))[0].isnan().all()
+
+
+def test_weights_sheet(tmp_path, capsys):
+    """Bars as high as the errors are; a panel without errors is empty, not a crash."""
+    weight = torch.arange(64.0).expand(3, 64) + torch.tensor([[0.0], [0.1], [0.2]])
+    plot.weights_sheet(tmp_path / "w.png", {"rising": (weight, weight + 1), "none": (weight, weight * 0)})
+    bars = (pixels(tmp_path / "w.png") == [150, 175, 220]).all(-1)
+    heights = bars.sum(0)[8:260:]
+    assert np.polyfit(np.arange(len(heights)), heights, 1)[0] > 0 and not bars[:, 260:].any()
+    assert "rho +1.000 ± 0.000 (n = 3)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv, needle", [
+    (["weights", "--clips=8"], "clips=8"), (["weights", "--student=nothing"], "nothing"),
     (["tiny"], "curves | saliency"), (["curves", "--run=nothing"], "nothing/metrics.jsonl"),
     (["saliency", "--nets=nothing"], "nothing/stream_r1.safetensors"),
     (["saliency", "--prompt", "a red cirle"], "circle"), (["saliency", "--method=diagonal"], "stream_r1"),
