@@ -174,17 +174,28 @@ def run(name: str, typed: dict, seed: int, folder: Path, how, claim) -> dict:
     found = {"command": f"python train.py {' '.join(argv)}"}
     argv += ["--resume"] if list(folder.glob("step_*.pt")) else []
     words = [sys.executable, str(Path(__file__).with_name("train.py")), *argv]
-    # if we are killed it keeps the claim
-    done = subprocess.run(words, check=False, pass_fds=[claim.fileno()])
-    if done.returncode == 2:  # it has said why
-        raise BadInput(f"{found['command']} was refused")
-    if done.returncode:
-        return found | {"failed": done.returncode}
+    if not trained(folder, ROWS[name] | typed | {"seed": seed}, how.nets):
+        # if we are killed it keeps the claim
+        done = subprocess.run(words, check=False, pass_fds=[claim.fileno()])
+        if done.returncode == 2:  # it has said why
+            raise BadInput(f"{found['command']} was refused")
+        if done.returncode:
+            return found | {"failed": done.returncode}
     steps = json.loads((folder / "config.json").read_text())["steps"]
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     if last < steps:
         raise BadInput(f"{folder} stopped at step {last} of {steps}; the same command goes on from there")
     return found | judge(name, folder, seed, how)
+
+
+def trained(folder: Path, given: dict, nets: Path) -> bool:
+    """Whether a run of these settings, from these nets, has ended there: other --results measure it again."""
+    if not (folder / "student.safetensors").exists() or list(folder.glob("step_*.pt")):
+        return False
+    then, asked = json.loads((folder / "config.json").read_text()), asked_for(given, "", 0)
+    kinds = ("codec", "teacher", "causal", *["reward"] * build("tiny", given).weighted)
+    same = alike({k: v for k, v in then.items() if k in asked} | {"nets": "", "clips": 0}, asked)
+    return same and then["origin"]["nets"] == fingerprint(nets, kinds)
 
 
 def as_flag(name: str, value) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import KEYS, nets  # noqa: F401  (a fixture)
+from test_train import KEYS, SMALL, nets  # noqa: F401  (a fixture)
 
 import compare
 import evaluate
@@ -80,6 +80,24 @@ def test_table_trains_measures_resumes(where, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, *where, "--steps=2")
     assert "other settings" in capsys.readouterr().err
+
+
+def test_other_results_measure_what_is_trained_again(where, nets, tmp_path, monkeypatch):  # noqa: F811
+    """Catches a second training for more prompts, and none where settings or nets differ."""
+    call(monkeypatch, *where, "--steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.subprocess, "run", lambda *a, **k: pytest.fail("trained a second time"))
+        call(patch, *where, "--steps=1", "--clips=3", f"--results={tmp_path}/more")
+    few, more = (json.loads((tmp_path / at / "diagonal-0.json").read_text()) for at in ("results", "more"))
+    assert len(more["views"]["within"]["looks"]) == 3 and more["asked"]["clips"] == 3
+    assert more["views"]["within"]["looks"][:2] == few["views"]["within"]["looks"]
+    assert more["training"] == few["training"] and more["chosen step"] == few["chosen step"]
+    folder, given = tmp_path / "runs/diagonal-0", compare.ROWS["diagonal"] | SMALL | {"steps": 1, "seed": 0}
+    assert compare.trained(folder, given, nets)
+    assert not compare.trained(folder, given | {"seed": 1}, nets)
+    assert not compare.trained(folder, given, Path("assets/tiny"))
+    (folder / "step_000001.pt").touch()
+    assert not compare.trained(folder, given, nets), "there is something to go on from"
 
 
 def test_an_interrupted_run_goes_on(where, tmp_path, monkeypatch):
