@@ -78,6 +78,8 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     # the teacher's guidance
     "windowed-guidance3": PARTLESS | {"guidance": 3.0},
     "windowed-guidance3-slow": PARTLESS | {"guidance": 3.0, "lr": 1e-4},  # as a strong pull beside DMD does
+    "windowed-guidance3-motion4": PARTLESS
+    | {"guidance": 3.0, "motion": 4.0},  # what is left without a reward
     "tilted-guidance3": {"method": "tilted", "guidance": 3.0},
     # what later chunks see, in training and in sampling
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},

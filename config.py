@@ -223,6 +223,7 @@ METHODS: dict[str, dict] = {
     "tilted": dict(_PLAIN, tilt=6.0),
     "steered": dict(_PLAIN, steer=5.0, guidance=3.0),
     "nudged": dict(_PLAIN, steer=1.5, guidance=3.0, lr=1e-4),
+    "combined": dict(_PLAIN, steer=1.5, guidance=3.0, motion=4.0),
 }
 
 
