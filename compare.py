@@ -61,8 +61,7 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "diagonal-motion0": _DIAGONAL | {"motion": 0.0},
     "diagonal-motion.2": _DIAGONAL | {"motion": 0.2},
     "diagonal-motion1": _DIAGONAL | {"motion": 1.0},
-    # ours: how strongly the critic is tilted, and all of Stream-R1 on top
-    "tilted-2": {"method": "tilted", "tilt": 2.0},
+    # ours: a tilted critic and all of Stream-R1 on top
     "tilted-stream_r1": _SR1 | {"tilt": 6.0},
     # where there is more to gain, with two denoising steps
     "windowed-2steps": PARTLESS | {"denoise": (1.0, 0.5)},
@@ -80,7 +79,6 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "windowed-guidance3-slow": PARTLESS | {"guidance": 3.0, "lr": 1e-4},  # as a strong pull beside DMD does
     "windowed-guidance3-motion4": PARTLESS
     | {"guidance": 3.0, "motion": 4.0},  # what is left without a reward
-    "tilted-guidance3": {"method": "tilted", "guidance": 3.0},
     # what later chunks see, in training and in sampling
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
     "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
@@ -197,7 +195,7 @@ def trained(folder: Path, given: dict, nets: Path) -> bool:
     then, asked = json.loads((folder / "config.json").read_text()), asked_for(given, "", 0)
     kinds = ("codec", "teacher", "causal", *["reward"] * build("tiny", given).weighted)
     same = alike({k: v for k, v in then.items() if k in asked} | {"nets": "", "clips": 0}, asked)
-    return same and then["origin"]["nets"] == fingerprint(nets, kinds)
+    return same and then.get("origin", {}).get("nets") == fingerprint(nets, kinds)
 
 
 def as_flag(name: str, value) -> str:

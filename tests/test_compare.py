@@ -155,8 +155,8 @@ def test_foreign_results_are_named(tmp_path, monkeypatch, capsys, text):
 
 
 def test_controls_come_along():
-    names = compare.rows_named("tilted-guidance3", {})
-    assert names == ["self_forcing", "windowed", "windowed-guidance3", "tilted-guidance3"]
+    names = compare.rows_named("nudged", {})
+    assert names == ["self_forcing", "windowed", "windowed-guidance3", "nudged"]
     assert compare.reference("steered") == "windowed-guidance3"  # which its method, not its name, asks for
     assert compare.reference("steered-2steps") == "windowed-2steps-guidance3"
     assert compare.rows_named("reward_forcing-no_sink", {})[2] == "reward_forcing"
