@@ -182,20 +182,28 @@ def run(name: str, typed: dict, seed: int, folder: Path, how, claim) -> dict:
         if done.returncode:
             return found | {"failed": done.returncode}
     steps = json.loads((folder / "config.json").read_text())["steps"]
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    if last < steps:
+    if (last := last_step(folder)) < steps:
         raise BadInput(f"{folder} stopped at step {last} of {steps}; the same command goes on from there")
     return found | judge(name, folder, seed, how)
 
 
 def trained(folder: Path, given: dict, nets: Path) -> bool:
     """Whether a run of these settings, from these nets, has ended there: other --results measure it again."""
-    if not (folder / "student.safetensors").exists() or list(folder.glob("step_*.pt")):
+    path, asked = folder / "config.json", asked_for(given, "", 0)
+    if not path.exists() or list(folder.glob("step_*.pt")) or last_step(folder) != asked["steps"]:
         return False
-    then, asked = json.loads((folder / "config.json").read_text()), asked_for(given, "", 0)
+    made = json.loads(path.read_text())
     kinds = ("codec", "teacher", "causal", *["reward"] * build("tiny", given).weighted)
-    same = alike({k: v for k, v in then.items() if k in asked} | {"nets": "", "clips": 0}, asked)
-    return same and then.get("origin", {}).get("nets") == fingerprint(nets, kinds)
+    origin = {"nets": fingerprint(nets, kinds), "start": ""}
+    facts = {k: made.pop(k, None) for k in ("device", "save_every", "torch", "world", "origin")}
+    return facts["origin"] == origin and alike(made | {"nets": "", "clips": 0}, asked)
+
+
+def last_step(folder: Path) -> int:
+    """The last one that metrics.jsonl knows of; 0 without any."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def as_flag(name: str, value) -> str:

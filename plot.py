@@ -8,7 +8,7 @@ python plot.py methods --runs=out/table            what its students draw, early
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -114,74 +114,74 @@ GROUPS = 8
 
 
 @torch.no_grad()
-def weights_and_errors(nets: dict, cfg: Config, clips: int) -> dict[str, tuple[Tensor, Tensor]]:
+def weights_and_errors(nets: dict, cfg: Config, clips: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """A student's clips for prompts of the test split → {what: (weight, error)}, each (rows points): a weight
     counts in comparison with the others of its row.
 
-    exp(β r) of the rollouts of a batch, against what pixels say is wrong with them (measure.py) · W_time of
-    four frames in a row, against the jitter in them · W_time W_space of the latent cells of a clip, against
-    |x - x̂_T|, what the teacher would change at t = 1/2, mean over channels.
+    w_inter of the rollouts of a batch (unbalanced), against what pixels say is wrong with them (measure.py) ·
+    W_time, the mean of four frames in a row, against the jitter in them · W_intra of the latent cells of a
+    clip, against |x - x̂_T|, what the teacher would change at t = 1/2, mean over channels.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    used = [AXES.index(a) for a in cfg.axes]
     for first in range(0, clips, cfg.batch):
-        keys = [("weights", i) for i in range(first, first + cfg.batch)]
+        keys = [("weights", seed, i) for i in range(first, first + cfg.batch)]
         words, rngs = World(cfg, "test").captions(keys), [rng_for(*key) for key in keys]
         text, prompts = tokenize(words, cfg.text_length, cfg.text_width), [caption(w) for w in words]
         x = rollout(nets["student"], text, cfg, rngs)
         video01, t = nets["codec"].decode(x).float(), torch.full(x.shape[:2], 0.5)
         noisy = add_noise(x, randn(rngs, *x.shape[1:]), t)
         change = x - guided_x0(nets["teacher"], noisy, t, text, torch.zeros_like(text[:1]), cfg.guidance)
-        scores, pixels = reward_saliency(nets["reward"], video01, text)
+        scores, pixels = (part[:, used] for part in reward_saliency(nets["reward"], video01, text))
         cells = to_latent_grid(pixels, *cfg.latent_shape[1:])
-        time, _ = factorise(fuse_axes(cells, scores, cfg.fuse_temperature), cfg.floor_time, cfg.floor_space)
-        intra, inter = intra_weight(cells, scores, cfg), rollout_weight(scores.mean(1), cfg)
+        time = intra_weight(cells, scores, replace(cfg, space=False))[:, :, 0, 0, 0]
         fours = [slice(f, f + 4) for f in range(x.shape[1] - 3)]
-        jitter = [measure(video01[:, four], prompts)["jitter"] for four in fours]
-        axes = three_axes(measure(video01, prompts))
-        rows = {
-            f"exp({cfg.beta} r) of a rollout: 1 - {axis}": (inter[None], 1 - v[None])
-            for axis, v in axes.items()
-        }
-        rows["W_time of four frames: jitter"] = (
-            torch.stack([time[:, f].mean(1) for f in fours], 1),
-            torch.stack(jitter, 1),
-        )
-        rows["W_time W_space of a cell: |x - x_T|"] = intra.flatten(1), change.abs().mean(2).flatten(1)
+        heavy = torch.stack([time[:, four].mean(1) for four in fours], 1)
+        jitter = torch.stack([measure(video01[:, four], prompts)["jitter"] for four in fours], 1)
+        inter = rollout_weight(scores.mean(1), replace(cfg, group=1))  # no two of these share a prompt
+        wrong = {axis: 1 - v for axis, v in three_axes(measure(video01, prompts)).items()}
+        rows = {f"w_inter of rollouts: 1 - {axis}": (inter[None], v[None]) for axis, v in wrong.items()}
+        rows["W_time of four frames: jitter"] = heavy, jitter
+        intra = intra_weight(cells, scores, cfg).flatten(1)
+        rows["W_intra of cells: |x - x_T|"] = intra, change.abs().mean(2).flatten(1)
         for what, pair in rows.items():
             found.setdefault(what, []).append(pair)
     return {what: tuple(map(torch.cat, zip(*pairs, strict=True))) for what, pairs in found.items()}
 
 
 def ranks(x: Tensor) -> Tensor:
-    """(rows points) → rank in its row, from 0; equal ones share the mean of theirs."""
-    below, equal = (how(x[:, None, :], x[:, :, None]).sum(-1) for how in (torch.lt, torch.eq))
-    return below + (equal - 1) / 2
+    """(points,) → rank, from 0; equal ones share the mean of theirs."""
+    return (x < x[:, None]).sum(1) + ((x == x[:, None]).sum(1) - 1) / 2
 
 
 def by_weight(weight: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows points) each → Spearman's ρ per row; (rows GROUPS) the mean error of each eighth of the points,
-    lightest first, over that of the row. nan for a row without errors, or all alike."""
-    a, b = (ranks(x) - (x.shape[1] - 1) / 2 for x in (weight, error))
-    rho = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
-    alike = (weight[:, None, :] == weight[:, :, None]).float()  # at the floor many weights are
-    error = torch.einsum("rij,rj->ri", alike, error) / alike.sum(-1) / error.mean(1, keepdim=True)
-    parts = error.gather(1, weight.argsort(1)).tensor_split(GROUPS, 1)
-    return rho, torch.stack([part.mean(1) for part in parts], dim=1)
+    """(points,) each → Spearman's ρ; (GROUPS,) the mean error of each eighth of the points, lightest first,
+    over that of all. nan without errors, if all are alike, or if something is not finite."""
+    if not (weight.isfinite() & error.isfinite()).all():
+        return torch.tensor(torch.nan), torch.full((GROUPS,), torch.nan)
+    a, b = (ranks(x) - (len(x) - 1) / 2 for x in (weight, error))
+    rho = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
+    alike = (weight == weight[:, None]).float()  # at the floor many weights are
+    shared = alike @ error / alike.sum(1) / error.mean()
+    return rho, torch.stack([part.mean() for part in shared[weight.argsort()].tensor_split(GROUPS)])
 
 
 def weights_sheet(path: Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
     """A panel per weight and error: bars of mean error, the lightest eighth at the left, 95 % intervals over
-    rows; the line is the mean of all. Prints ρ."""
+    rows; the line is the mean of all. Prints ρ, and what it is with the weights of another row."""
     w, h, columns = 260, 150, 3
     image = Image.new("RGB", (w * columns, h * -(-len(found) // columns)), "white")
     draw = ImageDraw.Draw(image)
-    for i, (what, pair) in enumerate(found.items()):
-        rho, bars = by_weight(*pair)
-        middle, half = compare.interval(rho)
-        print(f"{what:36} rho {middle:+.3f} ± {half:.3f} (n = {int(rho.isfinite().sum())})")
+    for i, (what, (weight, error)) in enumerate(found.items()):
+        pairs = zip(*map(by_weight, weight, error), strict=True)
+        rho, bars = (torch.stack(part) for part in pairs)
+        foreign = [by_weight(*pair)[0] for pair in zip(weight.roll(1, 0), error, strict=True)]
+        said = "{:+.2f} ± {:.2f}".format(*compare.interval(rho))
+        other = "{:+.2f} ± {:.2f}".format(*compare.interval(foreign))
+        print(f"{what:34} rho {said}, with another's weights {other} (n = {int(rho.isfinite().sum())})")
         left, top, bottom = i % columns * w + 8, i // columns * h, (i // columns + 1) * h - 12
         draw.text((left, top + 2), what, "black")
-        draw.text((left, top + 14), f"rho {middle:+.2f} ± {half:.2f}", "grey")
+        draw.text((left, top + 14), f"rho {said}", "grey")
         ends = [compare.interval(bar) for bar in bars.unbind(1)]
         scale = (h - 50) / max((m + wide for m, wide in ends if wide == wide), default=1.0)
         for g, (mean, wide) in enumerate((m, wide) for m, wide in ends if wide == wide):
@@ -273,13 +273,15 @@ def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
             video01 = codec.decode(rollout(net, text, cfg, [rng_for(flags.seed, "saliency")]))
         return saliency_sheet(out, video01, text, reward, cfg)
     if cfg.data:
-        raise BadInput(f"{student} learnt from clips; measured is the procedural world alone")
+        raise BadInput(f"{student} learnt from clips; only the procedural world can be measured")
+    if cfg.batch < GROUPS:
+        raise BadInput(f"batch={cfg.batch} is not possible; allowed: {GROUPS} or more")
     if flags.clips < 2 * cfg.batch or flags.clips % cfg.batch:
         allowed = f"{2 * cfg.batch}, {3 * cfg.batch} and so on"
         raise BadInput(f"clips={flags.clips} is not possible; allowed: {allowed}")
     teacher = load_net(nets / "teacher.safetensors", cfg, "teacher")
     given = {"student": net, "codec": codec, "reward": reward, "teacher": teacher}
-    weights_sheet(out, weights_and_errors(given, cfg, flags.clips))
+    weights_sheet(out, weights_and_errors(given, cfg, flags.clips, flags.seed))
 
 
 def main() -> None:

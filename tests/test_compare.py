@@ -5,7 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import KEYS, SMALL, nets  # noqa: F401  (a fixture)
 
+import checkpoint
 import compare
 import evaluate
 from codec import Codec
@@ -92,12 +93,31 @@ def test_other_results_measure_what_is_trained_again(where, nets, tmp_path, monk
     assert len(more["views"]["within"]["looks"]) == 3 and more["asked"]["clips"] == 3
     assert more["views"]["within"]["looks"][:2] == few["views"]["within"]["looks"]
     assert more["training"] == few["training"] and more["chosen step"] == few["chosen step"]
-    folder, given = tmp_path / "runs/diagonal-0", compare.ROWS["diagonal"] | SMALL | {"steps": 1, "seed": 0}
-    assert compare.trained(folder, given, nets)
-    assert not compare.trained(folder, given | {"seed": 1}, nets)
-    assert not compare.trained(folder, given, Path("assets/tiny"))
-    (folder / "step_000001.pt").touch()
-    assert not compare.trained(folder, given, nets), "there is something to go on from"
+    given = compare.ROWS["diagonal"] | SMALL | {"steps": 1, "seed": 0}
+    assert compare.trained(tmp_path / "runs/diagonal-0", given, nets)
+    assert not compare.trained(tmp_path / "runs/diagonal-0", given, Path("assets/tiny")), "other nets"
+
+
+def test_what_counts_as_trained(nets, tmp_path):  # noqa: F811
+    """Other settings, a field that is gone, another start, a run cut short, one to go on from: none does."""
+    given = compare.ROWS["stream_r1"] | {"steps": 50}
+    made = json.loads(json.dumps(asdict(build("tiny", given))))
+    kinds = ("codec", "teacher", "causal", "reward")
+    made |= {"torch": "2", "world": 1, "origin": {"nets": checkpoint.fingerprint(nets, kinds), "start": ""}}
+
+    def ends(made: dict, step: int, given: dict = given) -> bool:
+        (tmp_path / "config.json").write_text(json.dumps(made))
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n' if step else "")
+        return compare.trained(tmp_path, given, nets)
+
+    assert not compare.trained(tmp_path, given, nets), "an empty folder"
+    assert ends(made, 50) and not ends(made, 30) and not ends(made, 0)
+    assert not ends(made, 50, given | {"seed": 1}) and not ends(made | {"gone": 1}, 50)
+    assert not ends(made | {"origin": made["origin"] | {"start": "a.safetensors"}}, 50)
+    assert not ends({k: v for k, v in made.items() if k != "origin"}, 50)
+    assert ends(made, 50)
+    (tmp_path / "step_000050.pt").touch()
+    assert not ends(made, 50), "there is something to go on from"
 
 
 def test_an_interrupted_run_goes_on(where, tmp_path, monkeypatch):

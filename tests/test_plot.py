@@ -11,8 +11,10 @@ from PIL import Image
 from test_train import nets  # noqa: F401  (a fixture)
 
 import compare
+import data
 import plot
-from config import cli
+from config import PRESETS, cli
+from measure import measure, three_axes
 from rollout import rollout
 
 
@@ -59,44 +61,62 @@ def test_saliency_of_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
     assert (one[: 4 * row] == two[: 4 * row]).all() and (one[4 * row :] != two[4 * row :]).any()
 
 
-def test_weights_are_held_against_the_errors_of_the_same_cells(nets, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """A reward that looks at one cell of one frame, a teacher that sees nothing but zeros: both known."""
-    clips, pairs = [], []
+def test_weights_are_held_against_the_errors_of_the_same_cells(nets, tmp_path, monkeypatch):  # noqa: F811
+    """A reward that looks at one cell of one frame, a teacher that sees nothing but zeros: all is known."""
+    clips, videos, pairs = [], [], []
+    scores = torch.arange(24.0).view(8, 3) / 10
 
-    def looks_at_one_cell(reward, video01, about):
+    def looks_at_one_cell(reward, video01, text):
+        videos.append(video01)
         seen = torch.zeros(len(video01), 3, *video01.shape[1:2], 32, 32)
         seen[:, :, 9, 0:8, 8:16] = 1.0
-        return torch.zeros(len(video01), 3), seen
+        return scores, seen
 
     monkeypatch.setattr(plot, "reward_saliency", looks_at_one_cell)
     monkeypatch.setattr(plot, "guided_x0", lambda teacher, xt, *rest: torch.zeros_like(xt))
     monkeypatch.setattr(plot, "rollout", lambda *how: clips.append(rollout(*how)) or clips[-1])
     monkeypatch.setattr(plot, "weights_sheet", lambda path, found: pairs.append(found))
-    call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=8", "--batch=4")
-    assert [len(x) for x in clips] == [4, 4]
-    weight, error = pairs[0]["W_time W_space of a cell: |x - x_T|"]
+    call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=16", "--batch=8")
+    assert [len(x) for x in clips] == [8, 8]
+    weight, error = pairs[0]["W_intra of cells: |x - x_T|"]
     assert (weight.argmax(1) == 9 * 16 + 1).all(), "frame 9, first row, second column"
-    assert torch.allclose(error, torch.cat(clips).abs().mean(2).flatten(1), rtol=0, atol=0)
+    assert torch.equal(error, torch.cat(clips).abs().mean(2).flatten(1))
+    words = data.World(PRESETS["tiny"], "test").captions([("weights", 0, i) for i in range(16)])
+    prompts, video01 = [data.caption(w) for w in words], torch.cat(videos)
     time, jitter = pairs[0]["W_time of four frames: jitter"]
     heavy = time > time.min() + 1e-3
-    assert time.shape == jitter.shape == (8, 13) and heavy[:, 6:10].all() and heavy.sum() == 4 * 8
-    inter, error = pairs[0]["exp(0.5 r) of a rollout: 1 - looks"]
-    assert inter.shape == error.shape == (2, 4) and (inter == 1).all() and error.std() > 0
+    assert time.shape == jitter.shape == (16, 13) and heavy[:, 6:10].all() and heavy.sum() == 4 * 16
+    for f in (0, 7, 12):
+        assert torch.equal(jitter[:, f], measure(video01[:, f : f + 4], prompts)["jitter"])
+    for axis, good in three_axes(measure(video01, prompts)).items():
+        inter, error = pairs[0][f"w_inter of rollouts: 1 - {axis}"]
+        assert torch.allclose(inter, (0.5 * scores.mean(1)).exp().expand(2, 8))
+        assert torch.equal(error, 1 - good.view(2, 8))
+    fields = ("--axes=VQ", "--no-time", "--group=4", "--seed=1")
+    call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=16", "--batch=8", *fields)
+    assert (pairs[1]["W_time of four frames: jitter"][0] == 1).all()
+    inter, _ = pairs[1]["w_inter of rollouts: 1 - text"]
+    assert torch.allclose(inter, (0.5 * scores[:, 0]).exp().expand(2, 8))
+    assert not torch.equal(clips[2], clips[0])
 
 
 def test_errors_by_weight():
     """ρ is 1 and bars rise where errors follow weights; equal weights share their errors; no error, no ρ."""
-    weight = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.rand(64, generator=torch.Generator().manual_seed(0))
     rho, bars = plot.by_weight(weight, weight.exp())
-    assert torch.allclose(rho, torch.ones(5)) and (bars.diff(dim=1) > 0).all()
+    assert torch.allclose(rho, torch.tensor(1.0)) and (bars.diff() > 0).all()
     rho, bars = plot.by_weight(weight, -weight.exp() + 10)
-    assert torch.allclose(rho, -torch.ones(5)) and (bars.diff(dim=1) < 0).all()
-    assert torch.allclose(bars.mean(1), torch.ones(5)), "in units of the mean error"
-    floored = weight.clamp(min=0.6)
-    _, bars = plot.by_weight(floored, weight)
-    assert torch.allclose(bars[:, :3], bars[:, :1].expand(-1, 3)), "more than half of them are at the floor"
-    assert plot.ranks(torch.tensor([[3.0, 1.0, 1.0, 2.0]])).tolist() == [[3.0, 0.5, 0.5, 2.0]]
-    assert plot.by_weight(weight, torch.zeros(5, 64))[0].isnan().all()
+    assert torch.allclose(rho, torch.tensor(-1.0)) and (bars.diff() < 0).all()
+    assert torch.allclose(bars.mean(), torch.tensor(1.0)), "in units of the mean error"
+    _, bars = plot.by_weight(weight.clamp(min=0.6), weight)
+    assert torch.allclose(bars[:3], bars[:1].expand(3)), "more than half of them are at the floor"
+    assert plot.ranks(torch.tensor([3.0, 1.0, 1.0, 2.0])).tolist() == [3.0, 0.5, 0.5, 2.0]
+    for broken in (
+        torch.zeros(64),
+        torch.full((64,), torch.nan),
+        weight.masked_fill(weight > 0.9, torch.nan),
+    ):
+        assert plot.by_weight(weight, broken)[0].isnan()
 
 
 def test_weights_sheet(tmp_path, capsys):
@@ -104,13 +124,15 @@ def test_weights_sheet(tmp_path, capsys):
     weight = torch.arange(64.0).expand(3, 64) + torch.tensor([[0.0], [0.1], [0.2]])
     plot.weights_sheet(tmp_path / "w.png", {"rising": (weight, weight + 1), "none": (weight, weight * 0)})
     bars = (pixels(tmp_path / "w.png") == [150, 175, 220]).all(-1)
-    heights = bars.sum(0)[8:260:]
-    assert np.polyfit(np.arange(len(heights)), heights, 1)[0] > 0 and not bars[:, 260:].any()
-    assert "rho +1.000 ± 0.000 (n = 3)" in capsys.readouterr().out
+    middles = [int(8 + g * (260 - 24) / plot.GROUPS + 5) for g in range(plot.GROUPS)]
+    heights = bars.sum(0)[middles]
+    assert (np.diff(heights) > 0).all() and not bars[:, 260:].any()
+    assert "rho +1.00 ± 0.00, with another's weights +1.00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, needle", [
-    (["weights", "--clips=8"], "clips=8"), (["weights", "--student=nothing"], "nothing"),
+    (["weights", "--clips=8"], "clips=8"), (["weights", "--batch=4"], "batch=4"),
+    (["weights", "--student=nothing"], "nothing"),
     (["tiny"], "curves | saliency"), (["curves", "--run=nothing"], "nothing/metrics.jsonl"),
     (["saliency", "--nets=nothing"], "nothing/stream_r1.safetensors"),
     (["saliency", "--prompt", "a red cirle"], "circle"), (["saliency", "--method=diagonal"], "stream_r1"),
