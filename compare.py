@@ -74,6 +74,11 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "steered-tilt-2steps": {"method": "steered", "tilt": 6.0, "denoise": (1.0, 0.5)},
     "steered-from0": {"method": "steered", "steer_from": 0.0},
     "steered-guidance1.5": {"method": "steered", "guidance": 1.5},
+    "nudged-3-ema.95": {
+        "method": "nudged",
+        "steer": 3.0,
+        "ema": 0.95,
+    },  # more of it, an average that lags less
     # the teacher's guidance
     "windowed-guidance3": PARTLESS | {"guidance": 3.0},
     "windowed-guidance3-slow": PARTLESS | {"guidance": 3.0, "lr": 1e-4},  # as a strong pull beside DMD does
