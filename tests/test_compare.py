@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import KEYS, SMALL, nets  # noqa: F401  (a fixture)
+from test_train import KEYS, nets  # noqa: F401  (a fixture)
 
 import checkpoint
 import compare
@@ -76,26 +76,17 @@ def test_table_trains_measures_resumes(where, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "runs").rglob("step_*.pt"))
     said = capsys.readouterr().out
     assert "| diagonal | 1 |" in said and "| self_forcing | " in said.rpartition("trained with")[2]
+    with monkeypatch.context() as patch:  # other results: measured again, on more prompts, but not trained
+        patch.setattr(compare.subprocess, "run", lambda *a, **k: pytest.fail("trained a second time"))
+        call(patch, *where, "--steps=1", "--clips=3", f"--results={tmp_path}/more")
+    more = json.loads((tmp_path / "more/diagonal-0.json").read_text())
+    assert more["views"]["within"]["looks"][:2] == found["views"]["within"]["looks"]
+    assert len(more["views"]["within"]["looks"]) == 3 and more["training"] == found["training"]
     monkeypatch.setattr(compare, "run", lambda *a: pytest.fail("a run was made twice"))
     call(monkeypatch, *where, "--steps=1")
     with pytest.raises(SystemExit):
         call(monkeypatch, *where, "--steps=2")
     assert "other settings" in capsys.readouterr().err
-
-
-def test_other_results_measure_what_is_trained_again(where, nets, tmp_path, monkeypatch):  # noqa: F811
-    """Catches a second training for more prompts, and none where settings or nets differ."""
-    call(monkeypatch, *where, "--steps=1")
-    with monkeypatch.context() as patch:
-        patch.setattr(compare.subprocess, "run", lambda *a, **k: pytest.fail("trained a second time"))
-        call(patch, *where, "--steps=1", "--clips=3", f"--results={tmp_path}/more")
-    few, more = (json.loads((tmp_path / at / "diagonal-0.json").read_text()) for at in ("results", "more"))
-    assert len(more["views"]["within"]["looks"]) == 3 and more["asked"]["clips"] == 3
-    assert more["views"]["within"]["looks"][:2] == few["views"]["within"]["looks"]
-    assert more["training"] == few["training"] and more["chosen step"] == few["chosen step"]
-    given = compare.ROWS["diagonal"] | SMALL | {"steps": 1, "seed": 0}
-    assert compare.trained(tmp_path / "runs/diagonal-0", given, nets)
-    assert not compare.trained(tmp_path / "runs/diagonal-0", given, Path("assets/tiny")), "other nets"
 
 
 def test_what_counts_as_trained(nets, tmp_path):  # noqa: F811
@@ -115,7 +106,7 @@ def test_what_counts_as_trained(nets, tmp_path):  # noqa: F811
     assert not ends(made, 50, given | {"seed": 1}) and not ends(made | {"gone": 1}, 50)
     assert not ends(made | {"origin": made["origin"] | {"start": "a.safetensors"}}, 50)
     assert not ends({k: v for k, v in made.items() if k != "origin"}, 50)
-    assert ends(made, 50)
+    assert ends(made, 50) and not compare.trained(tmp_path, given, Path("assets/tiny")), "other nets"
     (tmp_path / "step_000050.pt").touch()
     assert not ends(made, 50), "there is something to go on from"
 
