@@ -74,16 +74,12 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "steered-tilt-2steps": {"method": "steered", "tilt": 6.0, "denoise": (1.0, 0.5)},
     "steered-from0": {"method": "steered", "steer_from": 0.0},
     "steered-guidance1.5": {"method": "steered", "guidance": 1.5},
-    "nudged-3-ema.95": {
-        "method": "nudged",
-        "steer": 3.0,
-        "ema": 0.95,
-    },  # more of it, an average that lags less
+    # ours: more of the reward's gradient, an average that lags less; `combined` without a reward
+    "nudged-3-ema.95": {"method": "nudged", "steer": 3.0, "ema": 0.95},
+    "windowed-guidance3-motion4": PARTLESS | {"guidance": 3.0, "motion": 4.0},
     # the teacher's guidance
     "windowed-guidance3": PARTLESS | {"guidance": 3.0},
     "windowed-guidance3-slow": PARTLESS | {"guidance": 3.0, "lr": 1e-4},  # as a strong pull beside DMD does
-    "windowed-guidance3-motion4": PARTLESS
-    | {"guidance": 3.0, "motion": 4.0},  # what is left without a reward
     # what later chunks see, in training and in sampling
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
     "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
