@@ -204,6 +204,7 @@ def last_step(folder: Path) -> int:
     """The last one that metrics.jsonl knows of; 0 without any."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in lines if line.endswith("}")]  # a kill can cut the last one short
     return json.loads(lines[-1])["step"] if lines else 0
 
 

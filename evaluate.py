@@ -4,7 +4,7 @@
     python evaluate.py --student=out/train/student.safetensors --clips=64
     python evaluate.py --nets=out/pretrain --stamp       # and write what was measured into the nets' headers
     python evaluate.py table --methods=self_forcing,stream_r1 --seeds=5      # train, measure, compare
-    python evaluate.py table --seeds=5 --clips=1024 --results=results/1024   # measure the same students again
+    python evaluate.py table --clips=1024 --results=out/1024    # what --runs holds is not trained again
 
 The table adds VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above the
 real clips of the first row would have fooled the reward that trained it.

@@ -96,7 +96,10 @@ def test_reward_ranks_damaged_clips_below_good_ones(shipped, clips):
         assert (best[:, axis] > scores[:, axis]).float().mean() >= least
 
 
-@pytest.mark.parametrize("folder, nets, typed", [("results", "tiny", {}), ("results/two", "two", TWO)])
+@pytest.mark.parametrize(
+    "folder, nets, typed",
+    [("results", "tiny", {}), ("results/1024", "tiny", {}), ("results/two", "two", TWO)],
+)
 def test_results_are_of_the_shipped_nets(folder, nets, typed):
     """Catches results that nothing in the repository can reproduce any more: other nets, or settings that no
     row of compare.py stands for today."""

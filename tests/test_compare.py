@@ -106,6 +106,9 @@ def test_what_counts_as_trained(nets, tmp_path):  # noqa: F811
     assert not ends(made, 50, given | {"seed": 1}) and not ends(made | {"gone": 1}, 50)
     assert not ends(made | {"origin": made["origin"] | {"start": "a.safetensors"}}, 50)
     assert not ends({k: v for k, v in made.items() if k != "origin"}, 50)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5')
+    assert compare.last_step(tmp_path) == 50, "a kill cut the last line short"
     assert ends(made, 50) and not compare.trained(tmp_path, given, Path("assets/tiny")), "other nets"
     (tmp_path / "step_000050.pt").touch()
     assert not ends(made, 50), "there is something to go on from"
