@@ -8,7 +8,7 @@ python plot.py methods --runs=out/table            what its students draw, early
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,13 +19,11 @@ from torch import Tensor
 import compare
 from checkpoint import load_net, read_header, writable_folder, write_atomically
 from config import BadInput, Config, cli, from_words, read_cli
-from data import World, caption, rng_for, tokenize, understand
-from dmd import guided_x0
-from measure import measure, three_axes
-from model import add_noise
-from reward import AXES, RewardModel, rollout_weight
-from rollout import randn, rollout, stream
-from saliency import factorise, fuse_axes, intra_weight, reward_saliency, to_latent_grid
+from data import rng_for, tokenize, understand
+from reward import AXES, RewardModel
+from rollout import rollout, stream
+from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
+from weights import GROUPS, by_weight, weights_and_errors
 
 
 def to_uint8(video01: Tensor) -> Tensor:
@@ -110,62 +108,6 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
 
 
 # -- weights against errors ----------------------------------------
-GROUPS = 8
-
-
-@torch.no_grad()
-def weights_and_errors(nets: dict, cfg: Config, clips: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """A student's clips for prompts of the test split → {what: (weight, error)}, each (rows points): a weight
-    counts in comparison with the others of its row.
-
-    w_inter of the rollouts of a batch (unbalanced), against what pixels say is wrong with them (measure.py) ·
-    W_time, the mean of four frames in a row, against the jitter in them · W_intra of the latent cells of a
-    clip, against |x - x̂_T|, what the teacher would change at t = 1/2, mean over channels.
-    """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    used = [AXES.index(a) for a in cfg.axes]
-    for first in range(0, clips, cfg.batch):
-        keys = [("weights", seed, i) for i in range(first, first + cfg.batch)]
-        words, rngs = World(cfg, "test").captions(keys), [rng_for(*key) for key in keys]
-        text, prompts = tokenize(words, cfg.text_length, cfg.text_width), [caption(w) for w in words]
-        x = rollout(nets["student"], text, cfg, rngs)
-        video01, t = nets["codec"].decode(x).float(), torch.full(x.shape[:2], 0.5)
-        noisy = add_noise(x, randn(rngs, *x.shape[1:]), t)
-        change = x - guided_x0(nets["teacher"], noisy, t, text, torch.zeros_like(text[:1]), cfg.guidance)
-        scores, pixels = (part[:, used] for part in reward_saliency(nets["reward"], video01, text))
-        cells = to_latent_grid(pixels, *cfg.latent_shape[1:])
-        time = intra_weight(cells, scores, replace(cfg, space=False))[:, :, 0, 0, 0]
-        fours = [slice(f, f + 4) for f in range(x.shape[1] - 3)]
-        heavy = torch.stack([time[:, four].mean(1) for four in fours], 1)
-        jitter = torch.stack([measure(video01[:, four], prompts)["jitter"] for four in fours], 1)
-        inter = rollout_weight(scores.mean(1), replace(cfg, group=1))  # no two of these share a prompt
-        wrong = {axis: 1 - v for axis, v in three_axes(measure(video01, prompts)).items()}
-        rows = {f"w_inter of rollouts: 1 - {axis}": (inter[None], v[None]) for axis, v in wrong.items()}
-        rows["W_time of four frames: jitter"] = heavy, jitter
-        intra = intra_weight(cells, scores, cfg).flatten(1)
-        rows["W_intra of cells: |x - x_T|"] = intra, change.abs().mean(2).flatten(1)
-        for what, pair in rows.items():
-            found.setdefault(what, []).append(pair)
-    return {what: tuple(map(torch.cat, zip(*pairs, strict=True))) for what, pairs in found.items()}
-
-
-def ranks(x: Tensor) -> Tensor:
-    """(points,) → rank, from 0; equal ones share the mean of theirs."""
-    return (x < x[:, None]).sum(1) + ((x == x[:, None]).sum(1) - 1) / 2
-
-
-def by_weight(weight: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """(points,) each → Spearman's ρ; (GROUPS,) the mean error of each eighth of the points, lightest first,
-    over that of all. nan without errors, if all are alike, or if something is not finite."""
-    if not (weight.isfinite() & error.isfinite()).all():
-        return torch.tensor(torch.nan), torch.full((GROUPS,), torch.nan)
-    a, b = (ranks(x) - (len(x) - 1) / 2 for x in (weight, error))
-    rho = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
-    alike = (weight == weight[:, None]).float()  # at the floor many weights are
-    shared = alike @ error / alike.sum(1) / error.mean()
-    return rho, torch.stack([part.mean() for part in shared[weight.argsort()].tensor_split(GROUPS)])
-
-
 def weights_sheet(path: Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
     """A panel per weight and error: bars of mean error, the lightest eighth at the left, 95 % intervals over
     rows; the line is the mean of all. Prints ρ, and what it is with the weights of another row."""

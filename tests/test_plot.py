@@ -13,6 +13,7 @@ from test_train import nets  # noqa: F401  (a fixture)
 import compare
 import data
 import plot
+import weights
 from config import PRESETS, cli
 from measure import measure, three_axes
 from rollout import rollout
@@ -72,9 +73,9 @@ def test_weights_are_held_against_the_errors_of_the_same_cells(nets, tmp_path, m
         seen[:, :, 9, 0:8, 8:16] = 1.0
         return scores, seen
 
-    monkeypatch.setattr(plot, "reward_saliency", looks_at_one_cell)
-    monkeypatch.setattr(plot, "guided_x0", lambda teacher, xt, *rest: torch.zeros_like(xt))
-    monkeypatch.setattr(plot, "rollout", lambda *how: clips.append(rollout(*how)) or clips[-1])
+    monkeypatch.setattr(weights, "reward_saliency", looks_at_one_cell)
+    monkeypatch.setattr(weights, "guided_x0", lambda teacher, xt, *rest: torch.zeros_like(xt))
+    monkeypatch.setattr(weights, "rollout", lambda *how: clips.append(rollout(*how)) or clips[-1])
     monkeypatch.setattr(plot, "weights_sheet", lambda path, found: pairs.append(found))
     call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=16", "--batch=8")
     assert [len(x) for x in clips] == [8, 8]
@@ -103,20 +104,20 @@ def test_weights_are_held_against_the_errors_of_the_same_cells(nets, tmp_path, m
 def test_errors_by_weight():
     """ρ is 1 and bars rise where errors follow weights; equal weights share their errors; no error, no ρ."""
     weight = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    rho, bars = plot.by_weight(weight, weight.exp())
+    rho, bars = weights.by_weight(weight, weight.exp())
     assert torch.allclose(rho, torch.tensor(1.0)) and (bars.diff() > 0).all()
-    rho, bars = plot.by_weight(weight, -weight.exp() + 10)
+    rho, bars = weights.by_weight(weight, -weight.exp() + 10)
     assert torch.allclose(rho, torch.tensor(-1.0)) and (bars.diff() < 0).all()
     assert torch.allclose(bars.mean(), torch.tensor(1.0)), "in units of the mean error"
-    _, bars = plot.by_weight(weight.clamp(min=0.6), weight)
+    _, bars = weights.by_weight(weight.clamp(min=0.6), weight)
     assert torch.allclose(bars[:3], bars[:1].expand(3)), "more than half of them are at the floor"
-    assert plot.ranks(torch.tensor([3.0, 1.0, 1.0, 2.0])).tolist() == [3.0, 0.5, 0.5, 2.0]
+    assert weights.ranks(torch.tensor([3.0, 1.0, 1.0, 2.0])).tolist() == [3.0, 0.5, 0.5, 2.0]
     for broken in (
         torch.zeros(64),
         torch.full((64,), torch.nan),
         weight.masked_fill(weight > 0.9, torch.nan),
     ):
-        assert plot.by_weight(weight, broken)[0].isnan()
+        assert weights.by_weight(weight, broken)[0].isnan()
 
 
 def test_weights_sheet(tmp_path, capsys):
@@ -124,7 +125,7 @@ def test_weights_sheet(tmp_path, capsys):
     weight = torch.arange(64.0).expand(3, 64) + torch.tensor([[0.0], [0.1], [0.2]])
     plot.weights_sheet(tmp_path / "w.png", {"rising": (weight, weight + 1), "none": (weight, weight * 0)})
     bars = (pixels(tmp_path / "w.png") == [150, 175, 220]).all(-1)
-    middles = [int(8 + g * (260 - 24) / plot.GROUPS + 5) for g in range(plot.GROUPS)]
+    middles = [int(8 + g * (260 - 24) / weights.GROUPS + 5) for g in range(weights.GROUPS)]
     heights = bars.sum(0)[middles]
     assert (np.diff(heights) > 0).all() and not bars[:, 260:].any()
     assert "rho +1.00 ± 0.00, with another's weights +1.00" in capsys.readouterr().out
