@@ -133,6 +133,7 @@ def test_weights_sheet(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, needle", [
     (["weights", "--clips=8"], "clips=8"), (["weights", "--batch=4"], "batch=4"),
+    (["weights", "--beta=0", "--no-space", "--no-time"], "without weights"),
     (["weights", "--student=nothing"], "nothing"),
     (["tiny"], "curves | saliency"), (["curves", "--run=nothing"], "nothing/metrics.jsonl"),
     (["saliency", "--nets=nothing"], "nothing/stream_r1.safetensors"),
