@@ -80,6 +80,8 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     # the teacher's guidance
     "windowed-guidance3": PARTLESS | {"guidance": 3.0},
     "windowed-guidance3-slow": PARTLESS | {"guidance": 3.0, "lr": 1e-4},  # as a strong pull beside DMD does
+    "windowed-guidance3-ema.95": PARTLESS | {"guidance": 3.0, "ema": 0.95},  # an average that lags less
+    "stream_r1-guidance3-ema.95": _SR1 | {"guidance": 3.0, "ema": 0.95},
     # what later chunks see, in training and in sampling
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
     "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
