@@ -48,7 +48,6 @@ def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: in
 
 
 # -- curves ----------------------------------------
-
 CURVES = ("dmd", "critic", *AXES, "ess", "held_out_shape", "held_out_speed", "held_out_jitter")
 
 
@@ -251,9 +250,8 @@ def main() -> None:
         students = [Path(flags.runs) / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
         students = [path for path in students if path.is_file() or flags.methods]
         if not students:
-            raise BadInput(
-                f"--runs={flags.runs} holds no student of seed {flags.seed}; evaluate.py table makes some"
-            )
+            none = f"--runs={flags.runs} holds no student of seed {flags.seed}"
+            raise BadInput(f"{none}; evaluate.py table makes some")
         out = writable_folder(flags.out) / "methods.png"
         methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
         print(out)
