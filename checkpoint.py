@@ -220,6 +220,13 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bo
     return state
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """What a run has logged, a dict a step; of a last line that a kill has cut short nothing."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def stop_on_signal() -> list[int]:
     """A list that stays empty until SIGTERM or SIGINT arrives: the loop then saves and ends."""
     caught: list[int] = []

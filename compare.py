@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import fingerprint, load_net, read_header, writable_folder, write_atomically
+from checkpoint import fingerprint, load_net, read_header, read_metrics, writable_folder, write_atomically
 from codec import Codec
 from config import METHODS, BadInput, Config, build, from_words
 from data import World, caption, rng_for, tokenize
@@ -204,10 +204,7 @@ def trained(folder: Path, given: dict, nets: Path) -> bool:
 
 def last_step(folder: Path) -> int:
     """The last one that metrics.jsonl knows of; 0 without any."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    lines = [line for line in lines if line.endswith("}")]  # a kill can cut the last one short
-    return json.loads(lines[-1])["step"] if lines else 0
+    return max((row["step"] for row in read_metrics(folder)), default=0)
 
 
 def as_flag(name: str, value) -> str:
@@ -266,7 +263,7 @@ def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -
 def training(folder: Path) -> dict:
     """Medians over the run of what metrics.jsonl says about its weights and its speed, and all that was held
     out: {step: {measure: value}}."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
     known = [k for k in ("seconds", "ess", "w_inter", "w_intra_max") if k in rows[-1]]
     held_out = {}
     for row in rows:

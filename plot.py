@@ -7,7 +7,6 @@ python plot.py table --results=results             what evaluate.py table has me
 python plot.py methods --runs=out/table            what its students draw, early and late → out/methods.png
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import compare
-from checkpoint import load_net, read_header, writable_folder, write_atomically
+from checkpoint import load_net, read_header, read_metrics, writable_folder, write_atomically
 from config import BadInput, Config, cli, from_words, read_cli
 from data import rng_for, tokenize, understand
 from reward import AXES, RewardModel
@@ -51,12 +50,10 @@ def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: in
 CURVES = ("dmd", "critic", *AXES, "ess", "held_out_shape", "held_out_speed", "held_out_jitter")
 
 
-def curves(path: Path, metrics: Path) -> None:
+def curves(run: Path) -> None:
     """One small panel per quantity of metrics.jsonl, step on the x axis, its range written at the left."""
-    if not metrics.is_file():
-        raise BadInput(f"no {metrics}; a run of train.py writes it")
-    lines = metrics.read_text().splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one short
+    if not (rows := read_metrics(run)):
+        raise BadInput(f"no {run}/metrics.jsonl with a step in it; a run of train.py writes it")
     panels = [k for k in CURVES if sum(k in row for row in rows) > 1]
     w, h, columns = 260, 120, 3
     image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) or h), "white")
@@ -73,7 +70,7 @@ def curves(path: Path, metrics: Path) -> None:
         xs = [left + 40 + (x - points[0][0]) / across * (w - 52) for x, _ in points]
         ys = [top + h - 10 - (y - low) / span * (h - 30) for _, y in points]
         draw.line(list(zip(xs, ys, strict=True)), fill=(30, 90, 200), width=2)
-    write_atomically(path, lambda name: image.save(name))
+    write_atomically(run / "curves.png", lambda name: image.save(name))
 
 
 # -- saliency ----------------------------------------
@@ -232,7 +229,7 @@ def main() -> None:
     if typed and what not in ("saliency", "weights"):
         raise BadInput(f"plot.py {what} does not depend on --{min(typed)}; leave it out")
     if what == "curves":
-        curves(Path(flags.run) / "curves.png", Path(flags.run) / "metrics.jsonl")
+        curves(Path(flags.run))
         print(f"{flags.run}/curves.png")
     elif what in ("saliency", "weights"):
         out = writable_folder(flags.out) / f"{what}.png"

@@ -347,9 +347,8 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
         text = json.dumps(asdict(cfg) | facts, indent=1)
         checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
         metrics = out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if state and metrics.exists() else []
-        lines = [line for line in lines if line.endswith("}")]  # a kill can cut the last one short
-        kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.step)
+        rows = checkpoint.read_metrics(out) if state else []
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
         checkpoint.write_atomically(metrics, lambda name: name.write_text(kept))
     return run
 

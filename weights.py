@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import World, caption, rng_for, tokenize
+from data import World, caption, randn, rng_for, tokenize
 from dmd import guided_x0
 from measure import measure, three_axes
 from model import add_noise
 from reward import AXES, rollout_weight
-from rollout import randn, rollout
+from rollout import rollout
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
 GROUPS = 8  # of points, by weight
