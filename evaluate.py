@@ -2,7 +2,7 @@
 
     python evaluate.py                                   # the shipped nets
     python evaluate.py --student=out/train/student.safetensors --clips=64
-    python evaluate.py --nets=out/pretrain --stamp       # and write what was measured into the nets' headers
+    python evaluate.py --nets=out/pretrain --stamp       # no student among them; scores into their headers
     python evaluate.py table --methods=self_forcing,stream_r1 --seeds=5      # train, measure, compare
     python evaluate.py table --clips=1024 --results=out/1024    # what --runs holds is not trained again
 
@@ -98,11 +98,12 @@ def main() -> None:
         return table_of_methods(typed, flags)
     device = pick_device(build(preset, typed))
     nets = Path(flags.nets or f"assets/{preset}")
-    paths = {kind: nets / f"{kind}.safetensors" for kind in ("codec", "teacher", "causal", "stream_r1")}
     jobs = [("codec", "real"), ("teacher", "teacher"), ("causal", "within")]
-    jobs += [("stream_r1", "within"), ("stream_r1", "beyond")]
     if flags.student:
-        paths, jobs = {"student": Path(flags.student)}, [("student", "within"), ("student", "beyond")]
+        jobs = [("student", "within"), ("student", "beyond")]
+    elif (nets / "stream_r1.safetensors").exists():  # pretrain.py leaves none
+        jobs += [("stream_r1", "within"), ("stream_r1", "beyond")]
+    paths = {name: Path(flags.student or nets / f"{name}.safetensors") for name, _ in jobs}
     if flags.clips < 2 or flags.noises < 1:
         raise BadInput(f"clips={flags.clips} noises={flags.noises} is not possible; allowed: from 2, from 1")
     if flags.stamp and set(typed) - {"device"}:

@@ -97,7 +97,7 @@ def test_budgets():
     assert total <= TOTAL, f"{total} lines of product code; the budget is {TOTAL}"
 
 
-TOTAL = 5262
+TOTAL = 5263
 
 
 def depth(node, level=0) -> int:
