@@ -31,7 +31,7 @@ from rollout import rollout, sample_teacher
 
 @dataclass(frozen=True)
 class Flags:
-    nets: str = ""  # folder with codec, teacher, causal, stream_r1; default assets/<preset>
+    nets: str = ""  # folder with codec, reward, teacher, causal, perhaps stream_r1; default assets/<preset>
     student: str = ""  # one student instead of the shipped nets
     clips: int = 128  # held-out prompts
     noises: int = 3  # noise seeds
