@@ -101,8 +101,10 @@ def main() -> None:
     jobs = [("codec", "real"), ("teacher", "teacher"), ("causal", "within")]
     if flags.student:
         jobs = [("student", "within"), ("student", "beyond")]
-    elif (nets / "stream_r1.safetensors").exists():  # pretrain.py leaves none
+    elif (trained := nets / "stream_r1.safetensors").exists():
         jobs += [("stream_r1", "within"), ("stream_r1", "beyond")]
+    else:
+        print(f"no {trained}, so no student is measured")  # pretrain.py leaves none
     paths = {name: Path(flags.student or nets / f"{name}.safetensors") for name, _ in jobs}
     if flags.clips < 2 or flags.noises < 1:
         raise BadInput(f"clips={flags.clips} noises={flags.noises} is not possible; allowed: from 2, from 1")

@@ -247,8 +247,7 @@ def main() -> None:
         students = [Path(flags.runs) / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
         students = [path for path in students if path.is_file() or flags.methods]
         if not students:
-            none = f"--runs={flags.runs} holds no student of seed {flags.seed}"
-            raise BadInput(f"{none}; evaluate.py table makes some")
+            raise BadInput(f"no student of seed {flags.seed} in --runs={flags.runs}; evaluate.py table trains")
         out = writable_folder(flags.out) / "methods.png"
         methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
         print(out)

@@ -346,10 +346,9 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
         facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
         text = json.dumps(asdict(cfg) | facts, indent=1)
         checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
-        metrics = out / "metrics.jsonl"
         rows = checkpoint.read_metrics(out) if state else []
         kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
-        checkpoint.write_atomically(metrics, lambda name: name.write_text(kept))
+        checkpoint.write_atomically(out / "metrics.jsonl", lambda name: name.write_text(kept))
     return run
 
 

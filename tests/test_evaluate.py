@@ -33,13 +33,14 @@ def test_table_and_stamp(nets, tmp_path, monkeypatch):  # noqa: F811
         assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_nets_without_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
-    """Catches a folder that pretrain.py has just written, and that no student is in, being refused."""
+def test_nets_without_a_student(nets, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Catches what pretrain.py has just written being refused, and a missing student not being named."""
     own = shutil.copytree(nets, tmp_path / "nets", ignore=shutil.ignore_patterns("stream_r1*"))
     monkeypatch.setattr(evaluate, "score", lambda *a: {"colour": torch.ones(1, 2)})
     call(monkeypatch, own, tmp_path / "e.json")
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert list(rows) == ["codec, real", "teacher, teacher", "causal, within"]
+    assert f"no {own}/stream_r1.safetensors" in capsys.readouterr().out
 
 
 def test_typed_fields_reach_the_sampler(nets, tmp_path, monkeypatch):  # noqa: F811
