@@ -247,7 +247,7 @@ def main() -> None:
         students = [Path(flags.runs) / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
         students = [path for path in students if path.is_file() or flags.methods]
         if not students:
-            raise BadInput(f"no student of seed {flags.seed} in --runs={flags.runs}; evaluate.py table trains")
+            raise BadInput(f"--runs={flags.runs} has no student of seed {flags.seed}; try evaluate.py table")
         out = writable_folder(flags.out) / "methods.png"
         methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
         print(out)
