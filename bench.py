@@ -27,13 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
-from compare import PARTLESS, as_flag
 from config import BadInput, Config, build, cli, read_cli
-from data import rng_for
-from graphs import CudaGraphs, compiled
+from engine.graphs import CudaGraphs, compiled
+from engine.processes import pick_device
+from engine.rng import rng_for
 from model import RingCache, VideoDiT
-from processes import pick_device
 from rollout import directly, step_grid, stream
+from study.compare import PARTLESS, as_flag
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The latent is standardised by a batch norm without parameters and gets noise of 
 learns. That is a variational autoencoder with the variance held fixed: the noise, not a KL weight, sets how
 much a latent may say. And latents are asked to move in straight lines: three frames at equal distances shall
 have latents at equal distances. Without that a pixel's motion is a tangle in latent space which a small
-transformer cannot follow: it learns colours and shapes, and no motion at all (LOG.md).
+transformer cannot follow: it learns colours and shapes, and no motion at all (docs/log.md).
 """
 
 from collections.abc import Callable

@@ -9,7 +9,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent  # shipped weights are found from any working folder
 
 
 class BadInput(ValueError):
@@ -54,7 +57,7 @@ class Config:
     kv_grad: bool = False  # let gradient leak through the cache, as the released code does
     # flow and rollout ------------------------------------------------------------------------------------
     shift: float = 3.0  # warps uniform time towards noise
-    guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 trembles more (LOG.md)
+    guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 trembles more (docs/log.md)
     denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
     taper: Literal["uniform", "5432", "432", "first"] = "uniform"  # steps per chunk
     context: Literal["clean", "noisy", "none"] = "clean"  # what later chunks see; none: the last step's keys

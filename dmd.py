@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from config import Config
-from model import add_noise, shift_time, to_x0
+from model import add_noise, guided_x0, shift_time, to_x0
 
 
 def sample_t(rngs: list[torch.Generator], cfg: Config, device=None) -> Tensor:
@@ -27,15 +27,6 @@ def sample_t(rngs: list[torch.Generator], cfg: Config, device=None) -> Tensor:
     u = torch.stack([torch.rand((), generator=g) for g in rngs]).to(device)
     t = cfg.t_min + (cfg.t_max - cfg.t_min) * shift_time(u, cfg.shift)
     return repeat(t, "b -> b f", f=cfg.frames)
-
-
-def guided_x0(net, xt: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
-    """The teacher's clean estimate (b f c h w), u + guidance (c - u), fp32; `null`: no prompt's text."""
-    if guidance == 1:
-        return to_x0(net(xt, t, text)[0].float(), xt, t)
-    both = net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([text, null.expand_as(text)]))[0].float()
-    c, u = both.chunk(2)
-    return to_x0(u + guidance * (c - u), xt, t)
 
 
 @torch.no_grad()

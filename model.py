@@ -47,6 +47,15 @@ def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def guided_x0(net, xt: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
+    """The teacher's clean estimate (b f c h w), u + guidance (c - u), fp32; `null`: no prompt's text."""
+    if guidance == 1:
+        return to_x0(net(xt, t, text)[0].float(), xt, t)
+    both = net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([text, null.expand_as(text)]))[0].float()
+    c, u = both.chunk(2)
+    return to_x0(u + guidance * (c - u), xt, t)
+
+
 # -- positions ----------------------------------------
 class Rope:
     """3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128).

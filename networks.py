@@ -5,7 +5,6 @@ average, a critic that starts as the teacher, a reward, and something that reads
 """
 
 import copy
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import memory
-import processes
-from checkpoint import fingerprint, load_net
-from config import BadInput, Config
-from data import tokenize
+from codec import Codec
+from config import Config
+from engine.checkpoint import fingerprint, load_weights
 from model import VideoDiT
-from videoalign import load_videoalign, refuse_marks
-from wan import load_text, load_vae, open_wan, sized
+from reward import RewardModel
+from world.words import tokenize
 
 
 @dataclass
@@ -53,43 +50,7 @@ def own_networks(cfg: Config, nets: Path, start: str) -> Networks:
     return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
 
 
-def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
-    """Wan2.1 from the folder flags.wan, in diffusers' format. flags.teacher: another, larger teacher's;
-    flags.start: where the student starts, such as Self-Forcing's ode_init.pt; flags.videoalign: the reward.
-
-    The teacher is kept in bf16 if cfg.bf16, what is trained in fp32. Every prompt is encoded once, by one
-    process or another, and kept on disk; then the text encoder, 11 GB, leaves memory. Raises BadInput.
-    """
-    if cfg.weighted and not flags.videoalign:
-        raise BadInput(f"method={cfg.method} needs a reward: --videoalign=FOLDER (or --method=self_forcing)")
-    if cfg.weighted:
-        refuse_marks(prompts)
-    teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
-    for name, part in teacher.named_children():  # outside of the blocks, above all for time, fp32
-        part.to(torch.bfloat16 if cfg.bf16 and name == "blocks" else torch.float32)
-    student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
-    if cfg.device == "cuda":
-        size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)
-        memory.check(cfg, size, processes.world(), torch.cuda.mem_get_info()[0] / memory.GB)
-    traced = [x for net in (teacher, student, critic) for x in net.state_dict().values()]
-    origin = {"weights": trace(traced), "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
-    codec = load_vae(flags.wan).requires_grad_(False).to(cfg.device)
-    reward = load_videoalign(flags.videoalign, cfg.fps).to(cfg.device) if cfg.weighted else None
-    text = load_text(flags.wan, cfg.text_length, Path(flags.out) / "text", cfg.device, cfg.bf16)
-    text.keep([*prompts, cfg.negative][processes.rank() :: processes.world()])
-    processes.wait()
-    text.forget_encoder()
-
-    def read(captions: list[list[str]]) -> Tensor:
-        return text([" ".join(words) for words in captions])
-
-    null = text([cfg.negative]).to(cfg.device)
-    return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
-
-
-def trace(tensors: list[Tensor]) -> str:
-    """Tells weights apart by the first numbers of every tensor: reading all of Wan's takes minutes."""
-    digest = hashlib.sha256()
-    for x in tensors:
-        digest.update(x.flatten()[:64].float().numpy().tobytes())
-    return digest.hexdigest()[:12]
+def load_net(path: Path, cfg: Config, kind: str) -> nn.Module:
+    """The network a file of that kind holds, on cfg.device."""
+    net = {"codec": Codec, "reward": RewardModel}.get(kind, VideoDiT)(cfg)
+    return load_weights(path, net, cfg, kind).to(cfg.device)

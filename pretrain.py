@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import checkpoint
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
-from corrupt import pairs, worse_looks, worse_motion
-from data import PromptFile, randn, rng_for, source_of, tokenize
+from data import PromptFile, source_of
+from engine import checkpoint
+from engine.processes import pick_device
+from engine.rng import randn, rng_for
+from engine.sheet import contact_sheet
 from model import VideoDiT, add_noise, shift_time, teacher_forcing, to_x0
-from plot import contact_sheet
-from processes import pick_device
 from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
+from world.corrupt import pairs, worse_looks, worse_motion
+from world.words import tokenize
 
 FREE = ("device", "save_every", "eval_every", "eval_clips", "max_bad")  # may change between run and resume
 
@@ -115,7 +117,7 @@ def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: F
 
 
 def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; a transformer's matrices get Muon, which needs clearly fewer clips here (LOG.md)."""
+    """AdamW; a transformer's matrices get Muon, which needs clearly fewer clips here (docs/log.md)."""
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if isinstance(net, VideoDiT) else []
     taken = {id(p) for p in matrices}
     rest = [p for p in net.parameters() if id(p) not in taken]
@@ -173,7 +175,7 @@ def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.
     """Flow matching: E |v(x_t, t, text) - (ε - x)|², one time per clip, most often a middling one.
 
     Uniform times spend most of the loss near t = 0 and 1, where a clip is nearly known or hardly visible;
-    what words decide lies between (LOG.md). Logit-normal as in Stable Diffusion 3 (Esser et al. 2024).
+    what words decide lies between (docs/log.md). Logit-normal as in Stable Diffusion 3 (Esser et al. 2024).
     """
     torch.manual_seed(cfg.seed)
     net = started(cfg, flags, "teacher") or VideoDiT(cfg)

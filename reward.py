@@ -1,7 +1,7 @@
 """How good is a clip? Three axes, their balance, and the weight a rollout gets.
 
 VQ visual quality, MQ motion quality, TA text alignment, after VideoAlign (Liu et al. 2025). The network is
-trained by Bradley-Terry on pairs (`corrupt.py`), P(a beats b) = σ(r_a - r_b), one axis per kind of damage.
+trained by Bradley-Terry on pairs (world/corrupt.py), P(a beats b) = σ(r_a - r_b), an axis per kind of damage.
 
     r = mean_s r_s - λ std_s(Δ_s)        Stream-R1's balance; Δ_s: how axis s improves      Balancer
     r = Σ_s a_s r_s, a = softmax(-Δ/τ)   ours: an axis that lags behind gets a larger say   Balancer

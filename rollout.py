@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import randn, rng_for
-from dmd import guided_x0
-from model import KV, ListCache, VideoDiT, shift_time
+from engine.rng import randn, rng_for
+from model import KV, ListCache, VideoDiT, guided_x0, shift_time
 
 # before the shift; Diagonal Distillation: early chunks get more steps, all chunks the same last level
 _TAPER = {5: (1.0, 0.75, 0.5, 0.25, 0.1), 4: (1.0, 0.75, 0.5, 0.1), 3: (1.0, 0.75, 0.1), 2: (1.0, 0.1)}

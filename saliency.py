@@ -45,7 +45,7 @@ def reward_ascent(teacher, codec, reward, x, text, about, t, noise, cfg: Config)
     Ours. At noise level t, p_teacher exp(reward) has the teacher's score plus ∇ log E[exp(reward) | x_t]; the
     reward of the teacher's estimate x̂_T(x_t), unguided, stands for the expectation (as in Chung et al. 2023,
     diffusion posterior sampling). ∂x̂_T/∂x_t keeps to the ways in which clips differ from each other; ∂r/∂x
-    alone costs looks (LOG.md). Only the direction is kept: Σ_s softmax(-r / T)_s of the axes'
+    alone costs looks (docs/log.md). Only the direction is kept: Σ_s softmax(-r / T)_s of the axes'
     gradients, each of mean size 1, as their maps are put together. g - steer * ascent leads to more reward.
     """
     axes = [AXES.index(a) for a in cfg.axes]

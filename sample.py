@@ -18,23 +18,23 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import is_ours, load_net, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import METHODS, BadInput, Config, build, cli, from_words, read_cli
-from data import read_clip, rng_for, tokenize, understand
-from graphs import CudaGraphs, compiled
+from config import METHODS, ROOT, BadInput, Config, build, cli, from_words, read_cli
+from data import read_clip, understand
+from engine.checkpoint import is_ours, read_header, writable_folder, write_atomically
+from engine.graphs import CudaGraphs, compiled
+from engine.processes import pick_device
+from engine.rng import rng_for
+from engine.sheet import contact_sheet, to_uint8, write_video
 from model import RingCache
-from plot import contact_sheet, to_uint8
-from processes import pick_device
+from networks import load_net
 from rollout import directly, stream
-from wan import load_text, load_vae, open_wan
+from world.words import tokenize
 
 FORMATS = (".mp4", ".gif", ".webp")
 
@@ -105,7 +105,7 @@ def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, second
 
 def open_networks(preset: str, typed: dict, flags: Flags):
     """→ config, student, codec, and what turns a prompt into text (1 l e). Raises BadInput."""
-    path = Path(flags.student or f"assets/{preset}/stream_r1.safetensors")
+    path = Path(flags.student or ROOT / "assets" / preset / "stream_r1.safetensors")
     if bool(flags.wan) != (build(preset, typed).time_stride > 1) or flags.wan and flags.codec:
         raise BadInput("the preset wan-1.3b and --wan=FOLDER go together, without --codec")
     if flags.wan and not flags.student:
@@ -116,10 +116,13 @@ def open_networks(preset: str, typed: dict, flags: Flags):
     made = json.dumps(asdict(build(preset, typed))) if foreign else ""
     header = {"kind": "student", "config": made} if foreign else read_header(path)
     cfg = student_config(header, preset, typed, flags.steps)
-    student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
     if flags.wan:
+        from wan.weights import load_text, load_vae, open_wan
+
+        student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
         text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
         return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
+    student = load_net(path, cfg, header["kind"])
     codec = load_net(Path(flags.codec or path.with_name("codec.safetensors")), cfg, "codec")
     vocabulary = header.get("vocabulary", "").split()
 
@@ -187,18 +190,6 @@ def start_from(path: str, codec: Codec, cfg: Config) -> tuple[Tensor, ...]:
 def zoom(cfg: Config) -> int:
     """Small videos are enlarged so that a person can see them."""
     return max(1, 256 // min(cfg.height, cfg.width))
-
-
-def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
-    """H.264 in yuv420p as browsers play it, or gif, or webp, by the name's ending."""
-    if path.suffix == ".mp4":
-        with imageio.get_writer(path, fps=fps, macro_block_size=2, quality=8) as writer:
-            for frame in frames:
-                writer.append_data(frame)
-    else:
-        head, *rest = [Image.fromarray(frame) for frame in frames]
-        lossless = {"lossless": True} if path.suffix == ".webp" else {}
-        head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **lossless)
 
 
 def report(seconds: list[float], cfg: Config, out: Path, how: str) -> None:

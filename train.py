@@ -24,17 +24,19 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import processes
-from config import BadInput, Config, cli, from_cli
-from data import ClipFolder, PromptFile, World, caption, randn, rng_for, source_of
+from config import ROOT, BadInput, Config, cli, from_cli
+from data import ClipFolder, PromptFile, source_of
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
-from measure import ACCURACIES, measure
-from networks import Networks, own_networks, wan_networks
-from plot import contact_sheet
+from engine import checkpoint, processes
+from engine.rng import randn, rng_for
+from engine.sheet import contact_sheet
+from networks import Networks, own_networks
 from reward import AXES, Balancer, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
 from saliency import intra_weight, reward_ascent, reward_saliency, to_latent_grid
+from world.measure import ACCURACIES, measure
+from world.scene import World
+from world.words import caption
 
 # may change between a run and its continuation
 FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device")
@@ -47,7 +49,7 @@ class Flags:
     start: str = ""  # the student's first weights; default <nets>/causal.safetensors
     wan: str = ""  # Wan2.1 in diffusers' format, in place of nets; then --data names a file of prompts
     teacher: str = ""  # with --wan: another, larger teacher
-    videoalign: str = ""  # with --wan: a folder with the reward, see videoalign.py
+    videoalign: str = ""  # with --wan: a folder with the reward, see wan/videoalign.py
     resume: bool = False
 
 
@@ -325,9 +327,11 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
         raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
     if flags.wan:
+        from wan.networks import wan_networks  # diffusers and transformers take seconds
+
         nets = wan_networks(cfg, source.prompts, flags)
     else:
-        nets = own_networks(cfg, Path(flags.nets or f"assets/{cfg.preset}"), flags.start)
+        nets = own_networks(cfg, Path(flags.nets or ROOT / "assets" / cfg.preset), flags.start)
     if state and state.get("origin") != nets.origin:
         what = f"--resume: {out} began from others of what --nets, --start, --wan or --data name"
         raise BadInput(f"{what}: {state.get('origin')}, not {nets.origin}")

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from test_train import KEYS, nets  # noqa: F401  (a fixture)
+from runs import KEYS
 
 import bench
 from config import build, cli
-from data import rng_for
+from engine.rng import rng_for
 from model import ListCache, RingCache, VideoDiT
 from rollout import directly, stream
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import config as module
-from checkpoint import (
+from config import METHODS, PRESETS, BadInput, Config, build, from_cli, from_words
+from engine.checkpoint import (
     load_state,
     load_weights,
     read_header,
@@ -21,7 +22,6 @@ from checkpoint import (
     writable_folder,
     write_atomically,
 )
-from config import METHODS, PRESETS, BadInput, Config, build, from_cli, from_words
 from model import VideoDiT
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from config import Config
-from data import rng_for
-from dmd import critic_loss, dmd_gradient, dmd_loss, guided_x0, motion_gradient, sample_t
-from model import add_noise, to_x0
+from dmd import critic_loss, dmd_gradient, dmd_loss, motion_gradient, sample_t
+from engine.rng import rng_for
+from model import add_noise, guided_x0, to_x0
 from reward import rollout_weight
 
 SHAPE = (4, 3, 2, 5)  # f c h w

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_model import SINKS
 
-from data import rng_for
-from graphs import CudaGraphs
+from engine.graphs import CudaGraphs
+from engine.rng import rng_for
 from model import RingCache
 from rollout import directly, stream
 

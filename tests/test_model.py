@@ -13,7 +13,7 @@ from torch import nn
 
 import rollout as rollout_module
 from config import PRESETS
-from data import rng_for
+from engine.rng import rng_for
 from model import ListCache, RingCache, Rope, VideoDiT, add_noise, rotate, shift_time, teacher_forcing, to_x0
 from rollout import rollout, stream
 

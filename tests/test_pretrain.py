@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import checkpoint
 import pretrain
 from codec import Codec
 from config import build, cli
-from data import World, rng_for
+from engine import checkpoint
+from engine.rng import rng_for
 from reward import RewardModel, bradley_terry
 from rollout import sample_teacher
+from world.scene import World
 
 SMALL = ["--dim=32", "--heads=2", "--ffn=32", "--layers=1", "--device=cpu", "--batch=2"]
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from config import Config
-from corrupt import LOOKS, MOTION, worse_looks, worse_motion, wrong_words
-from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS, World, caption, parse, rng_for, tokenize
+from engine.rng import rng_for
 from reward import Balancer, RewardModel, effective_share, rollout_weight, tilt_weight
+from world.corrupt import LOOKS, MOTION, worse_looks, worse_motion, wrong_words
+from world.scene import World
+from world.words import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS, caption, parse, tokenize
 
 R = torch.tensor([0.5, -1.0, 2.0, 0.0])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rollout as module
-from data import rng_for
+from engine.rng import rng_for
 from model import ListCache, RingCache, shift_time, to_x0
 from rollout import exit_step, rollout, rollout_chunks, step_grid, stream
 

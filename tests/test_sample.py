@@ -7,7 +7,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from test_train import nets  # noqa: F401  (a fixture)
 
 import sample
 from config import cli

@@ -1,67 +1,19 @@
 """The loop as people run it: real subprocesses on tiny random nets."""
 
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from runs import ENV, KEYS, ROOT, SMALL, call, command, in_process, metrics, state
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import train
-from checkpoint import save_weights
-from codec import Codec
-from config import build, cli
-from model import VideoDiT
-from reward import RewardModel
-
-ROOT = Path(__file__).parent.parent
-SMALL = dict(dim=32, heads=2, ffn=32, layers=1, batch=4, critic_steps=1, critic_warmup=1, eval_clips=2)
-KEYS = [f"--{k}={v}" for k, v in SMALL.items()] + ["--device=cpu"]
-
-
-@pytest.fixture(scope="session")
-def nets(tmp_path_factory) -> Path:
-    """Random nets of one tiny config, saved as pretrain.py would."""
-    folder = tmp_path_factory.mktemp("nets")
-    cfg = build("tiny", SMALL)
-    torch.manual_seed(0)
-    for kind, net in (("codec", Codec(cfg)), ("reward", RewardModel(cfg)), ("teacher", VideoDiT(cfg))):
-        for p in net.parameters():
-            p.data += 0.02 * torch.randn_like(p)
-        save_weights(folder / f"{kind}.safetensors", net, cfg, kind)
-    save_weights(folder / "causal.safetensors", net, cfg, "causal")
-    save_weights(folder / "stream_r1.safetensors", net, cfg, "student")
-    return folder
-
-
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def command(nets, out, *more, processes=1):
-    head = [sys.executable]
-    if processes > 1:
-        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*head, "train.py", f"--nets={nets}", f"--out={out}", *KEYS, *more]
-
-
-def call(nets, out, *more, processes=1):
-    words = command(nets, out, *more, processes=processes)
-    return subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=170)
-
-
-def state(folder, step):
-    return torch.load(folder / f"step_{step:06d}.pt", weights_only=True)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from config import build
 
 
 def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
@@ -139,11 +91,6 @@ def test_sigterm_saves_and_exits_0(nets, tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume goes on" in out
     assert len(list(tmp_path.glob("step_*.pt"))) == 1
-
-
-def in_process(monkeypatch, module, *argv):
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *argv])
-    cli(module.main)
 
 
 def test_default_run_leaves_pictures_and_a_student(nets, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS, pick
+from engine.rng import pick
+from world.words import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS
 
 LOOKS = ("blur", "noise", "wash", "oversaturate", "seams", "ghost")
 MOTION = ("jump", "jitter", "stall", "speed", "reverse")

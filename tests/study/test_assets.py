@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import compare
-from checkpoint import fingerprint, load_weights, read_header
 from codec import Codec
 from config import PRESETS
-from corrupt import pairs
-from data import World, caption, rng_for, tokenize
-from measure import measure
+from engine.checkpoint import fingerprint, load_weights, read_header
+from engine.rng import rng_for
 from model import VideoDiT
 from reward import RewardModel
 from rollout import rollout
+from study import compare
+from world.corrupt import pairs
+from world.measure import measure
+from world.scene import World
+from world.words import caption, tokenize
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TWO = {"objects": 2, "text_length": 9}
 CFG = PRESETS["tiny"]
 KINDS = {

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import KEYS, SMALL, in_process, nets  # noqa: F401  the fixture of tiny random nets
+from runs import KEYS, SMALL, in_process
 
-import memory
 from config import PRESETS, BadInput, build
 from train import Flags, prepare, update_critic, update_student
+from wan import memory
 
 
 def test_tally_by_hand():

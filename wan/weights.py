@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from checkpoint import fit, writable_folder, write_atomically
 from config import BadInput, Config
+from engine.checkpoint import fit, writable_folder, write_atomically
 from model import VideoDiT
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
@@ -142,7 +142,7 @@ class WanCodec(nn.Module):
 
     def decode(self, x: Tensor) -> Tensor:
         """A whole clip at once; differentiable, every latent decoded a second time on the way back. At 81
-        frames of 480 x 832 that alone takes 112 GB by count (LOG.md): no training asks for it."""
+        frames of 480 x 832 that alone takes 112 GB by count (docs/log.md): no training asks for it."""
         return self.stream()(x)
 
     def stream(self) -> Callable[[Tensor], Tensor]:

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import KEYS
 from safetensors.torch import load_file
-from test_train import KEYS, nets  # noqa: F401  (a fixture)
 
-import checkpoint
-import compare
-import evaluate
 from codec import Codec
-from config import PRESETS, build, cli
+from config import PRESETS, ROOT, build, cli
+from engine import checkpoint
 from model import VideoDiT
 from rollout import step_grid
+from study import compare, evaluate
 
 
 def call(monkeypatch, *argv):
@@ -122,7 +121,7 @@ def test_an_interrupted_run_goes_on(where, tmp_path, monkeypatch):
         path.unlink()
     half = [*KEYS, *map(lambda kv: compare.as_flag(*kv), compare.ROWS["windowed"].items())]
     command = ["train.py", where[0], f"--out={tmp_path}/runs/windowed-0", *half, "--steps=1", "--seed=0"]
-    subprocess.run([sys.executable, *command], cwd=Path(compare.__file__).parent, check=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     call(monkeypatch, *where, "--steps=2", "--methods=windowed")
     one, two = (load_file(folder / "student.safetensors") for folder in
                 (tmp_path / "whole", tmp_path / "runs/windowed-0"))  # fmt: skip
@@ -222,7 +221,7 @@ def test_differences_are_paired():
 @pytest.mark.parametrize("row", ["diagonal-", "steered-tilt-2steps"])
 def test_a_row_without_runs_to_be_held_against_is_refused(monkeypatch, capsys, tmp_path, row):
     """An unknown row, and one that has not been run."""
-    found = (Path(compare.__file__).parent / "results/windowed-0.json").read_bytes()
+    found = (ROOT / "results/windowed-0.json").read_bytes()
     (tmp_path / "windowed-0.json").write_bytes(found)
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, "--seeds=0", f"--results={tmp_path}", "--methods=windowed", f"--against={row}")
@@ -231,7 +230,7 @@ def test_a_row_without_runs_to_be_held_against_is_refused(monkeypatch, capsys, t
 
 def test_seeds_can_be_shown_alone(monkeypatch, capsys):
     """Catches a replication that is averaged with the seeds it shall replicate."""
-    root = Path(compare.__file__).parent / "results"
+    root = ROOT / "results"
     both = compare.load_results(root, ["tilted"])["tilted"]
     fresh = compare.load_results(root, ["tilted"], (5, 6))["tilted"]
     assert fresh == {5: both[5], 6: both[6]} and len(both) > 2
@@ -279,7 +278,7 @@ def test_forwards_of_seven_chunks():
 
 def test_shipped_results_say_how_far_and_how_many():
     """Without it, streams of another length would be taken for these (`alike` fills in what is missing)."""
-    for path in (Path(compare.__file__).parent / "results").rglob("*.json"):
+    for path in (ROOT / "results").rglob("*.json"):
         assert {"far": 9, "few": 64}.items() <= compare.read_result(path)["asked"].items(), path
 
 

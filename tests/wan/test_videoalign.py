@@ -9,7 +9,7 @@ import torch
 from config import BadInput
 from reward import AXES
 from saliency import reward_saliency
-from videoalign import load_videoalign
+from wan.videoalign import load_videoalign
 
 transformers = pytest.importorskip("transformers")
 import downloads  # noqa: E402

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import fit
 from config import BadInput
+from engine.checkpoint import fit
 from reward import AXES
-from wan import read_tensors
+from wan.weights import read_tensors
 
 TOKENS = tuple(f"<|{axis}_reward|>" for axis in AXES)
 PATCH, MERGE, PAIR = 14, 2, 2  # pixels a patch, patches a token and side, frames a patch

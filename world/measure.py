@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import BACKGROUNDS, COLOURS, MOTIONS, RADIUS, SHAPES, SPEEDS, parse, shape_alpha
+from world.scene import RADIUS, shape_alpha
+from world.words import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS, parse
 
 ACCURACIES = ("colour", "shape", "direction", "speed")
 _PALETTE = torch.tensor(list(COLOURS.values()))

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import nets  # noqa: F401  (a fixture)
 
-import compare
 import data
-import plot
-import weights
 from config import PRESETS, cli
-from measure import measure, three_axes
 from rollout import rollout
+from study import compare, weights
+from study import figures as plot
+from world.measure import measure, three_axes
 
 
 def call(monkeypatch, *argv):

@@ -18,7 +18,7 @@ from model import VideoDiT
 
 downloads = pytest.importorskip("downloads")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = dict(height=32, width=48, frames=6, chunk=3, channels=4, dim=36, heads=3, ffn=48, layers=2,
              time_freqs=16, text_length=8, text_width=24, batch=2, accumulate=1, critic_steps=1,
              critic_warmup=0, steps=1)  # fmt: skip

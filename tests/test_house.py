@@ -10,15 +10,15 @@ import pytest
 
 import bench
 import config
-import evaluate
-import memory
-import plot
 import pretrain
 import sample
 import train
 from config import METHODS, PRESETS, Config
+from study import evaluate
+from study import figures as plot
+from wan import memory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PRODUCT = sorted(ROOT.glob("*.py"))
 SCRIPTS = (train, sample, pretrain, evaluate, plot, bench, memory)

@@ -15,11 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import processes
-from codec import Codec
 from config import BadInput, Config
-from model import VideoDiT
-from reward import RewardModel
+from engine import processes
 
 # fields that a network's numbers depend on: weights made under other values are refused
 _NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk"
@@ -116,12 +113,6 @@ def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Modul
             now = f"this run has {name}={getattr(cfg, name)}"
             raise BadInput(f"{path} was made with {name}={made.get(name)}, {now}")
     return fit(net, load_file(path), path)
-
-
-def load_net(path: Path, cfg: Config, kind: str) -> nn.Module:
-    """The network a file of that kind holds, on cfg.device."""
-    net = {"codec": Codec, "reward": RewardModel}.get(kind, VideoDiT)(cfg)
-    return load_weights(path, net, cfg, kind).to(cfg.device)
 
 
 def fit(net: nn.Module, tensors: dict, path: Path, assign: bool = False) -> nn.Module:

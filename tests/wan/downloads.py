@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from videoalign import TOKENS
+from wan.videoalign import TOKENS
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")

@@ -1,10 +1,10 @@
 """The table: what teacher, causal start and student are worth on held-out prompts, with 95 % intervals.
 
-    python evaluate.py                                   # the shipped nets
-    python evaluate.py --student=out/train/student.safetensors --clips=64
-    python evaluate.py --nets=out/pretrain --stamp       # no student among them; scores into their headers
-    python evaluate.py table --methods=self_forcing,stream_r1 --seeds=5      # train, measure, compare
-    python evaluate.py table --clips=1024 --results=out/1024    # what --runs holds is not trained again
+    python -m study.evaluate                                   # the shipped nets
+    python -m study.evaluate --student=out/train/student.safetensors --clips=64
+    python -m study.evaluate --nets=out/pretrain --stamp   # scores into their headers
+    python -m study.evaluate table --methods=self_forcing,stream_r1 --seeds=5      # train, measure, compare
+    python -m study.evaluate table --clips=1024 --results=out/1024    # what --runs holds is not trained again
 
 The table adds VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above the
 real clips of the first row would have fooled the reward that trained it.
@@ -18,15 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import compare
-from checkpoint import annotate, load_net, read_header, writable_folder, write_atomically
 from codec import Codec
-from config import BadInput, Config, build, cli, from_words, read_cli
-from data import World, caption, rng_for, tokenize
-from measure import measure, three_axes
-from processes import pick_device
+from config import ROOT, BadInput, Config, build, cli, from_words, read_cli
+from engine.checkpoint import annotate, read_header, writable_folder, write_atomically
+from engine.processes import pick_device
+from engine.rng import rng_for
+from networks import load_net
 from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
+from study import compare
+from world.measure import measure, three_axes
+from world.scene import World
+from world.words import caption, tokenize
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,12 @@ class Flags:
     noises: int = 3  # noise seeds
     stamp: bool = False  # write what was measured into the headers of the nets
     out: str = "out/evaluation.json"
-    # of `evaluate.py table`
-    methods: str = ""  # rows of compare.py, comma-separated; default all
+    # of `study.evaluate table`
+    methods: str = ""  # rows of study/compare.py, comma-separated; default all
     seeds: int = 5  # 0: only print what has been measured
     shown: tuple[int, ...] = ()  # print these seeds alone; default all
     against: str = ""  # the row all others are held against, by seeds both have; default: their controls
-    results: Path = Path("results")  # one JSON file a run
+    results: Path = ROOT / "results"  # one JSON file a run
     runs: Path = Path("out/table")  # what training leaves
 
 
@@ -74,14 +77,14 @@ def score(net, codec: Codec, reward: RewardModel, cfg: Config, flags: Flags, how
 
 
 def table_of_methods(typed: dict, flags: Flags) -> None:
-    """Train and measure what is missing, then print the table (compare.py)."""
+    """Train and measure what is missing, then print the table (study/compare.py)."""
     if not 0 <= flags.seeds <= 10 or flags.clips < 2:
         raise BadInput(f"seeds={flags.seeds} clips={flags.clips} is not possible; allowed: 0 to 10, from 2")
     if flags.against not in ("", *compare.ROWS):
         raise BadInput(f"--against={flags.against} is not possible; allowed: {' '.join(compare.ROWS)}")
     names = compare.rows_named(f"{flags.methods},{flags.against}" if flags.methods else "", typed)
     if flags.seeds:
-        compare.compare(names, typed, replace(flags, nets=Path(flags.nets or "assets/tiny")))
+        compare.compare(names, typed, replace(flags, nets=Path(flags.nets or ROOT / "assets/tiny")))
     table = compare.load_results(flags.results, names, flags.shown)
     if not table:
         raise BadInput(f"{flags.results} holds no runs of these rows; --seeds=1 or more makes some")
@@ -97,7 +100,7 @@ def main() -> None:
     if preset == "table":
         return table_of_methods(typed, flags)
     device = pick_device(build(preset, typed))
-    nets = Path(flags.nets or f"assets/{preset}")
+    nets = Path(flags.nets or ROOT / "assets" / preset)
     jobs = [("codec", "real"), ("teacher", "teacher"), ("causal", "within")]
     if flags.student:
         jobs = [("student", "within"), ("student", "beyond")]

@@ -1,7 +1,7 @@
 """How much memory a distillation step takes per process, before it is tried.
 
-    python memory.py wan-1.3b                       # for 1, 2, 4 and 8 GPUs
-    python memory.py wan-1.3b --teacher_size=14b
+    python -m wan.memory wan-1.3b                       # for 1, 2, 4 and 8 GPUs
+    python -m wan.memory wan-1.3b --teacher_size=14b
 
 The step is run at its real shapes on tensors that have shapes and no numbers (torch's FakeTensorMode), and a
 tally of what is alive gives the peak. What FSDP2 spreads over processes is counted by hand. The table is for
@@ -24,7 +24,7 @@ from config import BadInput, Config, cli, from_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss
 from model import ListCache, VideoDiT
 from rollout import Given, denoise_chunk, remember_chunk, step_grid
-from wan import WanCodec
+from wan.weights import WanCodec
 
 WAN_SIZES = {"1.3b": {}, "14b": dict(dim=5120, ffn=13824, layers=40, heads=40)}
 GB = 1e9
@@ -158,7 +158,7 @@ def check(cfg: Config, teacher: Config, processes: int, available: float) -> Non
     needed = estimate(cfg, teacher, processes, clips)["total"]
     if needed > available:
         what = f"{processes} GPUs with {clips} clips each need about {needed:.0f} GB, have {available:.0f}"
-        fix = f"fewer clips: --accumulate={cfg.batch // processes}; python memory.py: the table"
+        fix = f"fewer clips: --accumulate={cfg.batch // processes}; python -m wan.memory: the table"
         raise BadInput(f"{what}; {fix}")
 
 

@@ -1,6 +1,6 @@
 """Do weights go where errors are? What train.py weighs by, against what is wrong with a student's clips.
 
-`plot.py weights` prints and draws it.
+`study.figures weights` prints and draws it.
 """
 
 from dataclasses import replace
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import World, caption, randn, rng_for, tokenize
-from dmd import guided_x0
-from measure import measure, three_axes
-from model import add_noise
+from engine.rng import randn, rng_for
+from model import add_noise, guided_x0
 from reward import AXES, rollout_weight
 from rollout import rollout
 from saliency import intra_weight, reward_saliency, to_latent_grid
+from world.measure import measure, three_axes
+from world.scene import World
+from world.words import caption, tokenize
 
 GROUPS = 8  # of points, by weight
 
@@ -25,7 +26,7 @@ def weights_and_errors(nets: dict, cfg: Config, clips: int, seed: int) -> dict[s
     """A student's clips for prompts of the test split → {what: (weight, error)}, each (rows points): a weight
     counts in comparison with the others of its row.
 
-    w_inter of the rollouts of a batch (unbalanced), against what pixels say is wrong with them (measure.py) ·
+    w_inter of the rollouts of a batch (unbalanced), against what pixels say is wrong with them ·
     W_time, the mean of four frames in a row, against the jitter in them · W_intra of the latent cells of a
     clip, against |x - x̂_T|, what the teacher would change at t = 1/2, mean over channels.
     """

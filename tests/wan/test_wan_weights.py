@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import memory
-import wan
 from config import PRESETS, BadInput
 from model import VideoDiT
-from videoalign import load_videoalign
-from wan import WanCodec, load_text, load_vae, open_wan, rename, save_wan
+from wan import memory
+from wan import weights as wan
+from wan.videoalign import load_videoalign
+from wan.weights import WanCodec, load_text, load_vae, open_wan, rename, save_wan
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

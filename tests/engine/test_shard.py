@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from runs import ENV, ROOT, call, command, metrics
 from safetensors.torch import load_file
-from test_train import ENV, ROOT, call, command, metrics, nets  # noqa: F401  the fixture of tiny random nets
 
-from checkpoint import load_shards, read_header
 from config import BadInput, build
+from engine.checkpoint import load_shards, read_header
 from train import Flags, prepare
 
 

@@ -6,7 +6,7 @@ steps), so rows are compared pair by pair, a part of a method with its own contr
 file, from which the table is computed; a comparison that was interrupted goes on where it stopped.
 
 Reported are prompts of the test split; prompts of the select split choose the checkpoint (train.py). No
-learned reward takes part in the measures (measure.py).
+learned reward takes part in the measures (world/measure.py).
 """
 
 import fcntl
@@ -22,13 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import fingerprint, load_net, read_header, read_metrics, writable_folder, write_atomically
 from codec import Codec
-from config import METHODS, BadInput, Config, build, from_words
-from data import World, caption, rng_for, tokenize
-from measure import measure, three_axes
+from config import METHODS, ROOT, BadInput, Config, build, from_words
+from engine.checkpoint import fingerprint, read_header, read_metrics, writable_folder, write_atomically
+from engine.rng import rng_for
 from model import VideoDiT
+from networks import load_net
 from rollout import step_grid, stream
+from world.measure import measure, three_axes
+from world.scene import World
+from world.words import caption, tokenize
 
 BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view; with window and EMA sink
 _RF, _SR1, _DIAGONAL = ({"method": name} for name in ("reward_forcing", "stream_r1", "diagonal"))
@@ -176,7 +179,7 @@ def run(name: str, typed: dict, seed: int, folder: Path, how, claim) -> dict:
     argv += [f"--seed={seed}", f"--nets={how.nets}", f"--out={folder}"]
     found = {"command": f"python train.py {' '.join(argv)}"}
     argv += ["--resume"] if list(folder.glob("step_*.pt")) else []
-    words = [sys.executable, str(Path(__file__).with_name("train.py")), *argv]
+    words = [sys.executable, str(ROOT / "train.py"), *argv]
     if not trained(folder, ROWS[name] | typed | {"seed": seed}, how.nets):
         # if we are killed it keeps the claim
         done = subprocess.run(words, check=False, pass_fds=[claim.fileno()])
@@ -285,7 +288,7 @@ def read_result(path: Path) -> dict:
         found = json.loads(path.read_text())
         return {"row": found["row"], "seed": found["seed"], "asked": found["asked"]} | found
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} was not written by evaluate.py table: {error!r}") from error
+        raise BadInput(f"{path} was not written by study.evaluate table: {error!r}") from error
 
 
 def load_results(results: Path, names: list[str], seeds: tuple[int, ...] = ()) -> dict[str, dict[int, dict]]:

@@ -7,11 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import nets  # noqa: F401  (a fixture)
 
-import evaluate
-from checkpoint import read_header
 from config import cli
+from engine.checkpoint import read_header
+from study import evaluate
 
 
 def call(monkeypatch, nets, out, *argv):  # noqa: F811

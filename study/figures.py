@@ -1,50 +1,31 @@
 """Pictures: contact sheets, curves of a run, and the saliency overlay, drawn with Pillow.
 
-python plot.py curves --run=out/train              metrics.jsonl → out/train/curves.png
-python plot.py saliency --prompt "a red circle moving left slowly"      → out/saliency.png
-python plot.py weights --clips=512                do weights go where errors are? → out/weights.png
-python plot.py table --results=results             what evaluate.py table has measured → out/table.png
-python plot.py methods --runs=out/table            what its students draw, early and late → out/methods.png
+python -m study.figures curves --run=out/train   metrics.jsonl → out/train/curves.png
+python -m study.figures saliency --prompt "a red circle moving left slowly"   → out/saliency.png
+python -m study.figures weights --clips=512   do weights go where errors are? → out/weights.png
+python -m study.figures table --results=results   what study.evaluate table has measured → out/table.png
+python -m study.figures methods --runs=out/table   what its students draw, early and late → out/methods.png
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-import compare
-from checkpoint import load_net, read_header, read_metrics, writable_folder, write_atomically
-from config import BadInput, Config, cli, from_words, read_cli
-from data import rng_for, tokenize, understand
+from config import ROOT, BadInput, Config, cli, from_words, read_cli
+from data import understand
+from engine.checkpoint import read_header, read_metrics, writable_folder, write_atomically
+from engine.rng import rng_for
+from engine.sheet import contact_sheet
+from networks import load_net
 from reward import AXES, RewardModel
 from rollout import rollout, stream
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
-from weights import GROUPS, by_weight, weights_and_errors
-
-
-def to_uint8(video01: Tensor) -> Tensor:
-    """(... 3 H W) in [0, 1] → (... H W 3) bytes."""
-    return rearrange((video01.clamp(0, 1) * 255).round().byte(), "... c h w -> ... h w c").cpu()
-
-
-def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: int = 1) -> None:
-    """One captioned row of frames per clip: rows maps a caption to video01 (F 3 H W). Writes a PNG."""
-    gap, label = 2, 14
-    strips = [to_uint8(video[::every]) for video in rows.values()]
-    frames, h, w, _ = max((s.shape for s in strips), key=lambda shape: shape[0])
-    sheet = Image.new("RGB", (frames * (w * scale + gap), len(rows) * (h * scale + label + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (words, strip) in enumerate(zip(rows, strips, strict=True)):
-        top = r * (h * scale + label + gap)
-        draw.text((2, top + 1), words, fill="black")
-        for f, frame in enumerate(strip.numpy()):
-            image = Image.fromarray(frame).resize((w * scale, h * scale), Image.Resampling.NEAREST)
-            sheet.paste(image, (f * (w * scale + gap), top + label))
-    write_atomically(path, lambda name: sheet.save(name))
-
+from study import compare
+from study.weights import GROUPS, by_weight, weights_and_errors
+from world.words import tokenize
 
 # -- curves ----------------------------------------
 CURVES = ("dmd", "critic", *AXES, "ess", "held_out_shape", "held_out_speed", "held_out_jitter")
@@ -186,14 +167,14 @@ def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, see
 class Flags:
     run: str = "out/train"
     prompt: str = "a red circle moving left slowly on a black background"
-    nets: str = "assets/tiny"
+    nets: str = str(ROOT / "assets/tiny")
     seed: int = 0
     out: str = "out"
     results: str = "results"
     runs: str = "out/table"
     student: str = ""  # of saliency and weights; default <nets>/stream_r1.safetensors
-    clips: int = 512  # of `plot.py weights`
-    methods: str = ""  # rows of compare.py, comma-separated; default all there are
+    clips: int = 512  # of `study.figures weights`
+    methods: str = ""  # rows of study/compare.py, comma-separated; default all there are
 
 
 def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
@@ -227,7 +208,7 @@ def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
     if typed and what not in ("saliency", "weights"):
-        raise BadInput(f"plot.py {what} does not depend on --{min(typed)}; leave it out")
+        raise BadInput(f"study.figures {what} does not depend on --{min(typed)}; leave it out")
     if what == "curves":
         curves(Path(flags.run))
         print(f"{flags.run}/curves.png")
@@ -247,13 +228,13 @@ def main() -> None:
         students = [Path(flags.runs) / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
         students = [path for path in students if path.is_file() or flags.methods]
         if not students:
-            raise BadInput(f"--runs={flags.runs} has no student of seed {flags.seed}; try evaluate.py table")
+            raise BadInput(f"--runs={flags.runs} has no student of seed {flags.seed}; see study.evaluate")
         out = writable_folder(flags.out) / "methods.png"
         methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
         print(out)
     else:
         known = "curves | saliency | weights | table | methods"
-        raise BadInput(f"plot.py {what} is not possible; allowed: {known}")
+        raise BadInput(f"study.figures {what} is not possible; allowed: {known}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Contact sheets and video files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from engine.checkpoint import write_atomically
+
+
+def to_uint8(video01: Tensor) -> Tensor:
+    """(... 3 H W) in [0, 1] → (... H W 3) bytes."""
+    return rearrange((video01.clamp(0, 1) * 255).round().byte(), "... c h w -> ... h w c").cpu()
+
+
+def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: int = 1) -> None:
+    """One captioned row of frames per clip: rows maps a caption to video01 (F 3 H W). Writes a PNG."""
+    gap, label = 2, 14
+    strips = [to_uint8(video[::every]) for video in rows.values()]
+    frames, h, w, _ = max((s.shape for s in strips), key=lambda shape: shape[0])
+    sheet = Image.new("RGB", (frames * (w * scale + gap), len(rows) * (h * scale + label + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (words, strip) in enumerate(zip(rows, strips, strict=True)):
+        top = r * (h * scale + label + gap)
+        draw.text((2, top + 1), words, fill="black")
+        for f, frame in enumerate(strip.numpy()):
+            image = Image.fromarray(frame).resize((w * scale, h * scale), Image.Resampling.NEAREST)
+            sheet.paste(image, (f * (w * scale + gap), top + label))
+    write_atomically(path, lambda name: sheet.save(name))
+
+
+def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
+    """H.264 in yuv420p as browsers play it, or gif, or webp, by the name's ending."""
+    if path.suffix == ".mp4":
+        with imageio.get_writer(path, fps=fps, macro_block_size=2, quality=8) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+    else:
+        head, *rest = [Image.fromarray(frame) for frame in frames]
+        lossless = {"lossless": True} if path.suffix == ".webp" else {}
+        head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **lossless)

@@ -1,0 +1,56 @@
+"""Wan2.1's networks and VideoAlign's reward, as train.py's Networks."""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import BadInput, Config
+from engine import processes
+from networks import Networks
+from wan.videoalign import load_videoalign, refuse_marks
+from wan.weights import load_text, load_vae, memory, open_wan, sized
+
+
+def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
+    """Wan2.1 from the folder flags.wan, in diffusers' format. flags.teacher: another, larger teacher's;
+    flags.start: where the student starts, such as Self-Forcing's ode_init.pt; flags.videoalign: the reward.
+
+    The teacher is kept in bf16 if cfg.bf16, what is trained in fp32. Every prompt is encoded once, by one
+    process or another, and kept on disk; then the text encoder, 11 GB, leaves memory. Raises BadInput.
+    """
+    if cfg.weighted and not flags.videoalign:
+        raise BadInput(f"method={cfg.method} needs a reward: --videoalign=FOLDER (or --method=self_forcing)")
+    if cfg.weighted:
+        refuse_marks(prompts)
+    teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
+    for name, part in teacher.named_children():  # outside of the blocks, above all for time, fp32
+        part.to(torch.bfloat16 if cfg.bf16 and name == "blocks" else torch.float32)
+    student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
+    if cfg.device == "cuda":
+        size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)
+        memory.check(cfg, size, processes.world(), torch.cuda.mem_get_info()[0] / memory.GB)
+    traced = [x for net in (teacher, student, critic) for x in net.state_dict().values()]
+    origin = {"weights": trace(traced), "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    codec = load_vae(flags.wan).requires_grad_(False).to(cfg.device)
+    reward = load_videoalign(flags.videoalign, cfg.fps).to(cfg.device) if cfg.weighted else None
+    text = load_text(flags.wan, cfg.text_length, Path(flags.out) / "text", cfg.device, cfg.bf16)
+    text.keep([*prompts, cfg.negative][processes.rank() :: processes.world()])
+    processes.wait()
+    text.forget_encoder()
+
+    def read(captions: list[list[str]]) -> Tensor:
+        return text([" ".join(words) for words in captions])
+
+    null = text([cfg.negative]).to(cfg.device)
+    return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
+
+
+def trace(tensors: list[Tensor]) -> str:
+    """Tells weights apart by the first numbers of every tensor: reading all of Wan's takes minutes."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(x.flatten()[:64].float().numpy().tobytes())
+    return digest.hexdigest()[:12]
