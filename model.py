@@ -102,9 +102,11 @@ class ListCache:
         self.rope, self.cfg, self.device = model.rope, cfg, model.patch_embedding.weight.device
         self.reset()
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor, None] | None:
+    mask = None  # everything remembered is seen
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Rotated keys and values (b m a d) of everything remembered, or None when nothing is."""
-        return (self.keys[layer], self.values[layer], None) if self.chunks else None
+        return (self.keys[layer], self.values[layer]) if self.chunks else None
 
     def commit(self, kv: KV) -> None:
         """Remember a chunk. When the window is full the oldest leaves, into the sink if that is an EMA."""
@@ -155,16 +157,16 @@ class RingCache:
         self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
         self.sink = torch.zeros(2, *shape[:2], *shape[3:], dtype=SINK_DTYPES[cfg.sink_dtype], device=device)
         self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
-        # the current chunk's own tokens, at the end, are always seen
+        # which of what `read` gives and of the current chunk counts; its own tokens, at the end, always do
         self.mask = torch.ones(1, 1, 1, (1 + shape[2]) * cfg.tokens, dtype=torch.bool, device=device)
         own = self.rope.angles(torch.arange(cfg.chunk_tokens, device=device), *cfg.grid)
         self.angles = torch.empty_like(own)
         self.reset()
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated keys and values (b m a d), and which of them and of the chunk's own count (1 1 1 m+n)."""
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (b m a d) of all slots; `mask` (1 1 1 m+n): which of them are filled."""
         kv = (self.keys[layer], self.values[layer])
-        return *(rearrange(z, "b m n a d -> b (m n) a d") for z in kv), self.mask
+        return tuple(rearrange(z, "b m n a d -> b (m n) a d") for z in kv)
 
     @torch.no_grad()
     def commit(self, kv: KV) -> None:
@@ -215,34 +217,40 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """The projections that both kinds of attention have, under Wan's names."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """(b n a*d) → (b n a d)."""
+        return rearrange(self.norm_q(self.q(x)), "b n (a d) -> b n a d", a=self.heads)
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(b n a*d) → keys, without positions, and values (b n a d)."""
+        k, v = self.norm_k(self.k(x)), self.v(x)
+        return tuple(rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (k, v))
+
+
+class SelfAttention(Attention):
     def forward(self, x, angles, past=None, mask=None):
-        """x (b n a*d); past: keys, values, mask → output (b n a*d), own keys before RoPE and values."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (q, k, v))
-        k, own = rotate(k, angles), (k, v)
+        """x (b n a*d); past: keys and values before it; mask: what may be seen of past and own tokens
+        → output (b n a*d), own keys before RoPE and values."""
+        q, own = self.queries(x), self.read(x)
+        k, v = rotate(own[0], angles), own[1]
         if past is not None:
-            past_k, past_v, mask = past
-            k, v = torch.cat([past_k.to(k.dtype), k], dim=1), torch.cat([past_v.to(v.dtype), v], dim=1)
+            k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(past, (k, v), strict=True))
         return self.o(_attend(rotate(q, angles), k, v, mask)), own
 
 
-class CrossAttention(SelfAttention):
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(b l a*d) → keys and values (b l a d). No positions; padding is attended to, as in Wan."""
-        k, v = self.norm_k(self.k(context)), self.v(context)
-        return tuple(rearrange(z, "b l (a d) -> b l a d", a=self.heads) for z in (k, v))
-
+class CrossAttention(Attention):
     def forward(self, x, words):
-        """x (b n a*d), keys and values of the text → (b n a*d)."""
-        q = rearrange(self.norm_q(self.q(x)), "b n (a d) -> b n a d", a=self.heads)
-        return self.o(_attend(q, *words, None))
+        """x (b n a*d), keys and values (b l a d) of the text, padding too, as in Wan → (b n a*d)."""
+        return self.o(_attend(self.queries(x), *words, None))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -351,9 +359,10 @@ class VideoDiT(nn.Module):
             angles = cache.angles
         if mask is not None:
             mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
+        seen = cache.mask if cache else mask
         kv = []
         for i, block in enumerate(self.blocks):
-            args = (x, time[1], words[i], angles, cache.read(i) if cache else None, mask)
+            args = (x, time[1], words[i], angles, cache.read(i) if cache else None, seen)
             recompute = self.checkpointing and torch.is_grad_enabled()
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             kv += [own] if cache is not None else []

@@ -9,7 +9,7 @@ an argument: the number of steps per chunk, and what later chunks get to see of 
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -54,21 +54,23 @@ class Given:
 
     def __init__(self, student: VideoDiT, text: Tensor):
         self.student, self.text = student, text
-        self.read: dict[tuple, tuple] = {}
+        # by whether gradient is recorded: a pass with gradient needs a reading with gradient
+        self.words: dict[bool, KV] = {}
+        self.times: dict[tuple[bool, float], tuple] = {}
 
     def __call__(self, xt: Tensor, level: float, cache) -> tuple[Tensor, KV]:
         grad = torch.is_grad_enabled()
-        if grad not in self.read:
-            self.read[grad] = self.student.read_text(self.text)
-        if (grad, level) not in self.read:
+        if grad not in self.words:
+            self.words[grad] = self.student.read_text(self.text)
+        if (grad, level) not in self.times:
             t = torch.full((1, 1), level, device=xt.device)
-            self.read[grad, level] = t, self.student.read_time(t)
-        return self.student.run(xt, *self.read[grad, level], self.read[grad], cache)
+            self.times[grad, level] = t, self.student.read_time(t)
+        return self.student.run(xt, *self.times[grad, level], self.words[grad], cache)
 
     @torch.no_grad()
     def switch(self, text: Tensor) -> None:
         """Another prompt, in the place of the old one: captured graphs read it there."""
-        for old, new in zip(self.read[False], self.student.read_text(text), strict=True):
+        for old, new in zip(self.words[False], self.student.read_text(text), strict=True):
             old[0].copy_(new[0]), old[1].copy_(new[1])
 
 
@@ -117,14 +119,15 @@ def directly(key: tuple, function: Callable, *inputs: Tensor):
 
 
 def stream(
-    student, text, cfg, rngs, chunks=None, exit=None, grad_from=None, cache=None, past=(), call=directly
+    student, text, cfg, rngs, *, past=(), cache=None, call=directly, exit=None, grad_from=None
 ) -> Iterator[Tensor]:
-    """Yield one clean chunk (b chunk c h w) after another; for ever when `chunks` is None.
+    """Yield one clean chunk (b chunk c h w) after another, for ever: `islice` ends it. A chunk is remembered
+    when the next one is asked for. Memory does not grow: only the window is kept.
 
     text: (b l e), or {chunk index: (b l e)} for prompts that change on the way; the cache is then rebuilt
     with the new prompt (LongLive's recache) from the first `sink` chunks and the recent ones. rngs: one
-    generator per sample. exit, grad_from: training only, see `rollout`. past: given clean chunks to go on
-    from. call: as it is, or a graphs.CudaGraphs. Memory does not grow: only the window is kept.
+    generator per sample. past: given clean chunks to go on from. cache: a ListCache unless given. call: as it
+    is, or a graphs.CudaGraphs. exit, grad_from: for training, see `rollout`.
 
     Each sample's generator is asked once, for a seed; every chunk draws from generators of its own. So a
     chunk's noise depends neither on the exit nor on how many steps the chunks before it took, methods can be
@@ -139,7 +142,7 @@ def stream(
     first = list(past[: cfg.sink])
     recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
     _rebuild(given, [*first, *recent], cache, [rng_for(s, "rebuild") for s in seeds], cfg)
-    for index in count() if chunks is None else range(chunks):
+    for index in count():
         if index and index in texts:
             given.switch(texts[index])
             again = [rng_for(s, "rebuild", index) for s in seeds]
@@ -152,10 +155,9 @@ def stream(
         x0, kv = call(("denoise", grid), denoise, *noise)
         x0 = x0.clone()  # the next replay of a graph writes where this one wrote
         yield x0
-        if index + 1 != chunks:  # nobody looks back at the last chunk
-            remember = partial(remember_chunk, given, cache, cfg, grid, exit, kv)
-            call(("remember", grid), remember, x0, context)
-            (first if len(first) < cfg.sink else recent).append(x0.detach())
+        remember = partial(remember_chunk, given, cache, cfg, grid, exit, kv)
+        call(("remember", grid), remember, x0, context)
+        (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 
 def _rebuild(given, kept, cache, rngs, cfg: Config) -> None:
@@ -175,8 +177,8 @@ def rollout(student, text, cfg: Config, rngs, chunks=None, exit: int | None = No
     """
     chunks = chunks or cfg.chunks
     first = chunks - cfg.chunks
-    parts = stream(student, text, cfg, rngs, chunks, exit, first if grad else None)
-    return torch.cat([x for i, x in enumerate(parts) if i >= first], dim=1)
+    parts = stream(student, text, cfg, rngs, exit=exit, grad_from=first if grad else None)
+    return torch.cat(list(islice(parts, first, chunks)), dim=1)
 
 
 @torch.no_grad()

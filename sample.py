@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,8 @@ def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, second
     with torch.inference_mode():
         yield from (decode(x)[0].float().cpu() for x in past)
         start = time.perf_counter()
-        parts = stream(student, texts, cfg, rngs, chunks, cache=cache, past=past, call=call)
-        for x in tqdm(parts, total=chunks, unit="chunk"):
+        parts = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call)
+        for x in tqdm(islice(parts, chunks), total=chunks, unit="chunk"):
             video01 = decode(x)[0].float().cpu()
             seconds.append(time.perf_counter() - start)
             yield video01

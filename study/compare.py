@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -249,7 +249,8 @@ def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -
         words = World(cfg, "test").captions([("compare", i) for i in ids])
         text, prompts = tokenize(words, cfg.text_length, cfg.text_width), [caption(w) for w in words]
         start = time.perf_counter()
-        x = list(stream(student, text, cfg, [rng_for("compare", seed, i) for i in ids], far * cfg.chunks))
+        rngs = [rng_for("compare", seed, i) for i in ids]
+        x = list(islice(stream(student, text, cfg, rngs), far * cfg.chunks))
         seconds += [(time.perf_counter() - start) / len(x)] * (far > 1)
         start01, end01 = (
             codec.decode(torch.cat(part, 1)).float() for part in (x[: cfg.chunks], x[-cfg.chunks :])

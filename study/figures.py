@@ -8,6 +8,7 @@ python -m study.figures methods --runs=out/table   what its students draw, early
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -156,7 +157,8 @@ def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, see
         cfg = from_words(read_header(student)["config"], {"device": "cpu"})
         text = tokenize([understand(prompt, cfg, [])], cfg.text_length, cfg.text_width)
         rngs, codec = [rng_for(seed, "methods")], load_net(nets / "codec.safetensors", cfg, "codec")
-        chunks = list(stream(load_net(student, cfg, "student"), text, cfg, rngs, compare.FAR * cfg.chunks))
+        parts = stream(load_net(student, cfg, "student"), text, cfg, rngs)
+        chunks = list(islice(parts, compare.FAR * cfg.chunks))
         ends = torch.cat([*chunks[: cfg.chunks], *chunks[-cfg.chunks :]], dim=1)
         when = f"the first {cfg.frames} frames, and the last of {compare.FAR * cfg.frames}"
         rows[f"{student.parent.name}: {when}"] = codec.decode(ends)[0]

@@ -100,7 +100,7 @@ def test_passes_for_seven_chunks(tiny, model, taper, context, passes):
 def test_last_chunk_is_not_refreshed(tiny, model):
     """Catches a pass whose result nobody reads."""
     spy = Spy(model)
-    list(stream(spy, words(tiny, 1), tiny, rngs(1), chunks=3))
+    list(islice(stream(spy, words(tiny, 1), tiny, rngs(1)), 3))
     assert len(spy.seen) == 3 * 4 + 2
 
 
@@ -117,7 +117,7 @@ def test_a_chunk_depends_on_its_past_alone(tiny, model, monkeypatch):
         draws = iter((context, noise[first], context, noise[second], context, noise[3]))
         monkeypatch.setattr(module, "randn", lambda rngs, *shape, device=None: next(draws))
         with torch.no_grad():
-            return list(stream(model, words(cfg, 1), cfg, rngs(1), chunks=3))
+            return list(islice(stream(model, words(cfg, 1), cfg, rngs(1)), 3))
 
     base, other_first, other_second = chunks(0, 1), chunks(2, 1), chunks(0, 2)
     assert (base[1] - other_first[1]).abs().max() > 1e-3
@@ -146,7 +146,7 @@ def test_every_row_starts_a_chunk_from_the_same_noise(tiny, model):
         for exit in (None, 0):
             spy = Spy(model)
             with torch.no_grad():
-                list(stream(spy, text, replace(tiny, **changes), rngs(2), chunks=3, exit=exit))
+                list(islice(stream(spy, text, replace(tiny, **changes), rngs(2), exit=exit), 3))
             first[name, exit] = torch.stack([x for x, t, *_ in spy.seen if t[0, 0] == 1])
     base = first["uniform", None]
     assert len(base) == 3 and all(torch.equal(x, base) for x in first.values())
@@ -167,7 +167,7 @@ def test_a_sample_does_not_know_its_batch(tiny, model, context):
 def test_rollout_returns_the_last_frames(tiny, model):
     """Catches a long rollout that hands DMD its beginning."""
     with torch.no_grad():
-        parts = list(stream(model, words(tiny, 1), tiny, rngs(1), chunks=7))
+        parts = list(islice(stream(model, words(tiny, 1), tiny, rngs(1)), 7))
         tail = rollout(model, words(tiny, 1), tiny, rngs(1), chunks=7)
     assert torch.equal(tail, torch.cat(parts[-tiny.chunks :], dim=1))
 
@@ -198,7 +198,7 @@ def test_every_chunk_stops_at_the_exit(tiny, model, exit):
     """Catches chunks that go on past the exit, and a chunk that is not what the exit pass predicted."""
     spy = Spy(model)
     with torch.no_grad():
-        chunks = list(stream(spy, words(tiny, 2), tiny, rngs(2), chunks=3, exit=exit))
+        chunks = list(islice(stream(spy, words(tiny, 2), tiny, rngs(2), exit=exit), 3))
     grid = [round(u, 6) for u in step_grid(tiny, 0)]
     assert spy.levels() == [*grid[: exit + 1], 0, *grid[: exit + 1], 0, *grid[: exit + 1]]
     assert all((t == t[0, 0]).all() for _, t, _, _ in spy.seen)
@@ -213,7 +213,7 @@ def test_early_exit_of_a_short_grid_is_its_last_step(tiny, model):
     cfg = replace(tiny, taper="5432", context="none")
     spy = Spy(model)
     with torch.no_grad():
-        list(stream(spy, words(cfg, 1), cfg, rngs(1), chunks=4, exit=4))
+        list(islice(stream(spy, words(cfg, 1), cfg, rngs(1), exit=4), 4))
     assert len(spy.seen) == 5 + 4 + 3 + 2
 
 
@@ -299,7 +299,7 @@ def test_noise_level_of_the_refresh(tiny, model, context, exit, level):
     """Catches an early exit whose context is cleaner or noisier than the one sampling will have."""
     cfg, spy = replace(tiny, context=context, context_t=0.2), Spy(model)
     with torch.no_grad():
-        chunks = list(stream(spy, words(cfg, 1), cfg, rngs(1), chunks=2, exit=exit))
+        chunks = list(islice(stream(spy, words(cfg, 1), cfg, rngs(1), exit=exit), 2))
     refresh = spy.seen[4 if exit is None else exit + 1]
     level = step_grid(cfg, 0)[-1] if level is None else level
     assert float(refresh[1][0, 0]) == pytest.approx(level)
@@ -310,9 +310,9 @@ def test_noise_level_of_the_refresh(tiny, model, context, exit, level):
 def test_list_and_ring_stream_alike(tiny, model):
     """Catches a rollout that leans on how one of the caches is built."""
     with torch.no_grad():
-        slow = list(stream(model, words(tiny, 2), tiny, rngs(2), chunks=7))
+        slow = list(islice(stream(model, words(tiny, 2), tiny, rngs(2)), 7))
         ring = RingCache(model, tiny, batch=2)
-        fast = list(stream(model, words(tiny, 2), tiny, rngs(2), chunks=7, cache=ring))
+        fast = list(islice(stream(model, words(tiny, 2), tiny, rngs(2), cache=ring), 7))
     torch.testing.assert_close(torch.cat(slow, 1), torch.cat(fast, 1), rtol=1e-3, atol=1e-4)
 
 
@@ -327,8 +327,8 @@ def test_prompt_switch(tiny, model):
     old, new = words(cfg, 1, 0), words(cfg, 1, 1)
     cache = ListCache(model, cfg)
     with torch.no_grad():
-        plain = list(stream(model, old, cfg, rngs(1), chunks=6))
-        video = stream(model, {0: old, 4: new}, cfg, rngs(1), chunks=6, cache=cache)
+        plain = list(islice(stream(model, old, cfg, rngs(1)), 6))
+        video = islice(stream(model, {0: old, 4: new}, cfg, rngs(1), cache=cache), 6)
         switched = list(islice(video, 5))  # chunk 4 is drawn and not yet remembered
         fresh = ListCache(model, cfg)
         for x in (switched[0], *switched[2:4]):
@@ -344,8 +344,8 @@ def test_past_is_continued(long_memory, model):
     """Catches given chunks that are ignored, forgotten or put into the wrong order."""
     cfg, text = long_memory, words(long_memory, 1)
     with torch.no_grad():
-        whole = list(stream(model, text, cfg, rngs(1), chunks=4))
-        rest = list(stream(model, text, cfg, rngs(1), chunks=2, past=tuple(whole[:2])))
+        whole = list(islice(stream(model, text, cfg, rngs(1)), 4))
+        rest = list(islice(stream(model, text, cfg, rngs(1), past=tuple(whole[:2])), 2))
     torch.testing.assert_close(torch.cat(rest, 1), torch.cat(whole[2:], 1), rtol=1e-4, atol=1e-5)
 
 
