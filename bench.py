@@ -11,6 +11,8 @@ after the window has filled; every mode runs in the same process, one after the 
 fresh one take turns, chunk by chunk: a machine's speed changes within minutes.
 """
 
+from engine import openmp  # isort: skip  (before torch loads)
+
 import json
 import resource
 import subprocess
@@ -200,6 +202,7 @@ def main() -> None:
     if min(flags.chunks, flags.rounds, flags.fps) < 1 or flags.long < 0:
         given = f"chunks={flags.chunks} rounds={flags.rounds} fps={flags.fps} long={flags.long}"
         raise BadInput(f"{given} is not possible; allowed: from 1, long from 0")
+    openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
     rows = training(preset, typed, flags) if flags.training else sampling(cfg, flags)
     passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")

@@ -104,6 +104,7 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward pass
     shard: bool = False  # FSDP2: spread parameters, gradients, optimizers and averages over the processes
     device: str = "auto"
+    threads: int = 0  # CPU threads to compute with; 0: one a core, for streaming tiny one in all
     save_every: int = 50
     eval_every: int = 25  # steps between held-out measurements; the best EMA student is kept
     eval_clips: int = 64
@@ -140,6 +141,11 @@ class Config:
         falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
         falling &= bool(grid) and grid[0] == 1 and grid[-1] > 0
         check("denoise", falling, "1.0, ... falling, above 0")
+        own = self.taper in ("5432", "432") and grid != Config.denoise
+        check("denoise", not own, f"none with taper={self.taper}, which has noise levels of its own")
+        check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
+        alone = self.batch == self.accumulate and (self.weight == "softmax" or self.tilt > 0)
+        check("accumulate", not alone, "less than batch with --weight=softmax or --tilt, which compare clips")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
         enough = bool(self.data) or self.text_length > 4 * self.objects
@@ -197,7 +203,7 @@ class Config:
 
 _MAY_BE_ZERO = (
     "codec_noise codec_straight window sink sink_decay context_t beta weight_cap balance_strength "
-    "floor_space floor_time motion steer steer_from tilt seed beta1 beta2 ema t_min critic_warmup"
+    "threads floor_space floor_time motion steer steer_from tilt seed beta1 beta2 ema t_min critic_warmup"
 ).split()
 
 

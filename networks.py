@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from codec import Codec
-from config import Config
+from config import BadInput, Config
 from engine.checkpoint import fingerprint, load_weights
 from model import VideoDiT
 from reward import RewardModel
@@ -32,11 +32,15 @@ class Networks:
     reward: nn.Module | None
     read: Callable[[list[list[str]]], Tensor]  # captions as words → (b l e)
     null: Tensor  # (1 l e): the text that guidance leads away from
+    folder: str = ""  # they were read from here; "" for Wan's
 
 
 def own_networks(cfg: Config, nets: Path, start: str) -> Networks:
     """Those pretrain.py left in the folder `nets`. Raises BadInput."""
     kinds = ("codec", "teacher", *["causal"] * (not start), *["reward"] * cfg.weighted)
+    if missing := [kind for kind in kinds if not (nets / f"{kind}.safetensors").exists()]:
+        first = f"python pretrain.py {cfg.preset} --out={nets}"
+        raise BadInput(f"{nets} holds no {missing[0]}.safetensors; '{first}' makes what is needed there")
     origin = {"nets": fingerprint(nets, kinds), "start": start}
 
     def made(kind: str, path: str = "") -> nn.Module:
@@ -47,7 +51,9 @@ def own_networks(cfg: Config, nets: Path, start: str) -> Networks:
     reward = made("reward").requires_grad_(False) if cfg.weighted else None
     read = partial(tokenize, length=cfg.text_length, width=cfg.text_width)
     null = torch.zeros(1, cfg.text_length, cfg.text_width, device=cfg.device)
-    return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
+    return Networks(
+        origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null, str(nets)
+    )
 
 
 def load_net(path: Path, cfg: Config, kind: str) -> nn.Module:

@@ -7,6 +7,8 @@
 Every stage prints what to expect, saves as it goes (--resume), and leaves a contact sheet.
 """
 
+from engine import openmp  # isort: skip  (before torch loads)
+
 import json
 import sys
 import time
@@ -29,12 +31,14 @@ from engine.processes import pick_device
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
 from model import VideoDiT, add_noise, shift_time, teacher_forcing, to_x0
+from networks import load_net
 from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
 from world.corrupt import pairs, worse_looks, worse_motion
 from world.words import tokenize
 
-FREE = ("device", "save_every", "eval_every", "eval_clips", "max_bad")  # may change between run and resume
+# may change between a run and its continuation
+FREE = ("device", "threads", "save_every", "eval_every", "eval_clips", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 def made(kind: str, cfg: Config, flags: Flags) -> nn.Module:
     """What an earlier stage has left."""
-    return checkpoint.load_net(Path(flags.out) / f"{kind}.safetensors", cfg, kind)
+    return load_net(Path(flags.out) / f"{kind}.safetensors", cfg, kind)
 
 
 def started(cfg: Config, flags: Flags, kind: str) -> nn.Module | None:
@@ -138,7 +142,7 @@ def started(cfg: Config, flags: Flags, kind: str) -> nn.Module | None:
         return None
     words = json.loads(header["config"])
     then = replace(cfg, **{k: words[k] for k in ("objects", "text_length")})
-    return checkpoint.load_net(flags.start, then, kind).train()
+    return load_net(flags.start, then, kind).train()
 
 
 def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
@@ -284,7 +288,7 @@ def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 25
     nets += [(Path(path), "student") for path in flags.rivals.split(",") if path]
     videos, texts = [], []
     for path, kind in nets:
-        net = checkpoint.load_net(path, cfg, kind)
+        net = load_net(path, cfg, kind)
         words = source.captions([(cfg.seed, "rival", kind, i) for i in range(count)])
         text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
         for i in tqdm(range(0, count, 32), desc=f"clips of {path.name}"):
@@ -355,6 +359,7 @@ NEEDED = ("codec", "teacher", "causal", "reward")  # what --stage=all makes
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
     if min(flags.steps, flags.batch, flags.lr) < 0:
         typed = f"steps={flags.steps} batch={flags.batch} lr={flags.lr}"

@@ -133,15 +133,15 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
     """Rewards (b,) of the global batch → weights (b,), without gradient.
 
     group > 1: neighbours in the batch share a prompt, and only what a rollout has over their mean counts:
-    good rollouts are weighted, not easy prompts. weight=softmax: mean 1 over the batch.
+    good rollouts are weighted, not easy prompts. weight=softmax: mean 1 over the batch. A reward that is not
+    finite has no finite weight: train.py drops and counts its rollout.
     """
     r = r.detach()
     if cfg.group > 1:
         r = rearrange(r, "(p k) -> p k", k=cfg.group)
         r = (r - r.nanmean(1, keepdim=True)).flatten()
-    sane = r.isfinite()
     if cfg.weight == "softmax":
-        w = sane.sum() * torch.where(sane, cfg.beta * r, -torch.inf).softmax(0)
+        w = _softmax(cfg.beta * r)
     else:
         w = (cfg.beta * r).exp()
     return w.clamp(max=cfg.weight_cap) if cfg.weight_cap else w
@@ -156,8 +156,13 @@ def tilt_weight(r: Tensor, tilt: float) -> Tensor:
     teacher's, p_student ∝ p_teacher exp(tilt r): where exp(reward) weighting is meant to lead. That is for a
     student that can get there and for large batches: in one of n no weight exceeds n, so the tilt is milder.
     """
-    r = torch.where(r.isfinite(), r, torch.inf)
-    return r.isfinite().sum() * (-tilt * r).softmax(0)
+    return _softmax(-tilt * r)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """(b,) → weights of mean 1 over the finite ones; nan for the others."""
+    sane = logits.isfinite()
+    return torch.where(sane, sane.sum() * logits.masked_fill(~sane, -torch.inf).softmax(0), torch.nan)
 
 
 def effective_share(w: Tensor) -> float:

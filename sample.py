@@ -11,6 +11,8 @@ frames). A prompt "...@48" takes over at frame 48: the cache is rebuilt with it,
 the meaning changes.
 """
 
+from engine import openmp  # isort: skip  (before torch loads)
+
 import json
 import math
 import time
@@ -35,7 +37,7 @@ from engine.sheet import contact_sheet, to_uint8, write_video
 from model import RingCache
 from networks import load_net
 from rollout import directly, stream
-from world.words import tokenize
+from world.words import left_open, tokenize
 
 FORMATS = (".mp4", ".gif", ".webp")
 
@@ -59,8 +61,10 @@ def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = check_output(flags)
     cfg, student, codec, read = open_networks(preset, typed, flags)
+    openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # one alone is as fast there, and no burden
     past = start_from(flags.init, codec.to(cfg.device), cfg)
-    texts = schedule(flags, cfg, read, len(past))
+    plan = schedule(flags, cfg, len(past))
+    texts = {chunk: read(prompt).to(cfg.device) for prompt, _, chunk in plan}
     del read  # and with it a text encoder that is larger than all else
     student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
 
@@ -68,21 +72,21 @@ def main() -> None:
         student.run = compiled(student.run, cfg.device)
     call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
     seconds: list[float] = []
-    first: list[Tensor] = []
+    rows = stretches(plan, flags.frames)
+    kept = {i: torch.empty(0) for shown in rows.values() for i in shown}
 
     def frames() -> Iterator[np.ndarray]:
         """Decoded frames as they come, the given ones first."""
-        left = flags.frames
-        for video01 in decoded(student, codec, texts, cfg, flags, past, call, seconds):
-            video01 = video01[: max(0, left)]
-            if not first or len(first[0]) < 16:
-                first[:] = [torch.cat([*first, video01])]
-            for frame in to_uint8(video01).numpy():
-                yield np.kron(frame, np.ones((zoom(cfg), zoom(cfg), 1), np.uint8))  # nearest neighbour
-            left -= len(video01)
+        parts = decoded(student, codec, texts, cfg, flags, past, call, seconds)
+        for i, frame in enumerate(islice((f for part in parts for f in part), flags.frames)):
+            if i in kept:
+                kept[i] = frame
+            # enlarged by nearest neighbour
+            yield np.kron(to_uint8(frame).numpy(), np.ones((zoom(cfg), zoom(cfg), 1), np.uint8))
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
-    contact_sheet(out.with_suffix(".png"), {flags.prompt[0]: first[0][:16]}, scale=zoom(cfg) // 2 or 1)
+    sheet = {caption: torch.stack([kept[i] for i in shown]) for caption, shown in rows.items()}
+    contact_sheet(out.with_suffix(".png"), sheet, scale=zoom(cfg) // 2 or 1)
     how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
     report(seconds, cfg, out, " in ".join(how) or "eager")
 
@@ -111,6 +115,8 @@ def open_networks(preset: str, typed: dict, flags: Flags):
         raise BadInput("the preset wan-1.3b and --wan=FOLDER go together, without --codec")
     if flags.wan and not flags.student:
         raise BadInput("--wan has no few-step student inside; name one: --student=FILE")
+    if not path.exists():
+        raise BadInput(f"no student at {path}; 'python train.py {preset}' makes one, then --student=FILE")
     foreign = flags.wan and not is_ours(path)
     if foreign and "method" not in typed:
         raise BadInput(f"{path} does not say how it remembers; say it: --method={' | '.join(METHODS)}")
@@ -124,13 +130,27 @@ def open_networks(preset: str, typed: dict, flags: Flags):
         text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
         return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
     student = load_net(path, cfg, header["kind"])
-    codec = load_net(Path(flags.codec or path.with_name("codec.safetensors")), cfg, "codec")
+    codec = load_net(find_codec(flags.codec, path, header), cfg, "codec")
     vocabulary = header.get("vocabulary", "").split()
 
     def read(prompt: str) -> Tensor:
-        return tokenize([understand(prompt, cfg, vocabulary)], cfg.text_length, cfg.text_width)
+        words = understand(prompt, cfg, vocabulary)
+        if not cfg.data and (silent := left_open(words)):
+            print(f"note: {prompt!r} leaves open {' and '.join(silent)}, which every training caption names")
+        return tokenize([words], cfg.text_length, cfg.text_width)
 
+    print(f"student {path}, trained with --method={cfg.method}")
     return cfg, student, codec, read
+
+
+def find_codec(given: str, student: Path, header: dict) -> Path:
+    """--codec, or beside the student, or among the nets that its training began from. Raises BadInput."""
+    folders = (student.parent, student.parent / header.get("nets", ""))
+    paths = [Path(given)] if given else [folder / "codec.safetensors" for folder in folders]
+    for path in paths:
+        if path.exists():
+            return path
+    raise BadInput(f"no codec at {' or '.join(map(str, paths))}; name the student's: --codec=FILE")
 
 
 def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config:
@@ -140,7 +160,7 @@ def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config
     if steps:
         typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
     precision = {} if preset == "wan-1.3b" else {"bf16": False}
-    cfg = from_words(header["config"], {"device": "auto"} | precision | typed)
+    cfg = from_words(header["config"], {"device": "auto", "threads": 0} | precision | typed)
     if cfg.preset != preset:
         raise BadInput(f"the student is of preset {cfg.preset!r}, asked for was {preset!r}")
     return replace(cfg, device=pick_device(cfg))
@@ -159,9 +179,10 @@ def check_output(flags: Flags) -> Path:
     return out
 
 
-def schedule(flags: Flags, cfg: Config, read, given: int) -> dict[int, Tensor]:
-    """["A", "B@48"] → {chunk to be made: text (1 l e)}; `given` chunks come first. Raises BadInput."""
-    texts, last = {}, cfg.pixels(given)
+def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]]:
+    """["A", "B@48"] → (prompt, its first frame, its first chunk of those that are made), after `given`
+    chunks. Raises BadInput."""
+    plan, last = [], cfg.pixels(given)
     starts = {cfg.pixels(k): k for k in range(given, given + flags.frames // cfg.chunk + 1)}
     for i, prompt in enumerate(flags.prompt):
         prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", str(last))
@@ -172,8 +193,18 @@ def schedule(flags: Flags, cfg: Config, read, given: int) -> dict[int, Tensor]:
             between = f"after {last} and before --frames={flags.frames}"
             raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed} {between}")
         last = int(frame)
-        texts[starts[last] - given] = read(prompt).to(cfg.device)
-    return texts
+        plan.append((prompt, last, starts[last] - given))
+    return plan
+
+
+def stretches(plan: list[tuple[str, int, int]], frames: int, most: int = 16) -> dict[str, list[int]]:
+    """A caption for every prompt's stretch of the video → the frames of it that the contact sheet shows."""
+    starts, shown = [0, *(frame for _, frame, _ in plan[1:])], {}
+    for (prompt, _, _), start, end in zip(plan, starts, [*starts[1:], frames], strict=True):
+        count = min(most, end - start)
+        which = [start + i * (end - start) // count for i in range(count)]
+        shown[f"{prompt}   (frames {start} to {end - 1})"] = which
+    return shown
 
 
 @torch.no_grad()

@@ -8,12 +8,15 @@
 A step is one student update followed by `critic_steps` critic updates. Every random draw is a function of
 (seed, purpose, step, sample), so a resumed run equals an uninterrupted one and two processes equal one.
 
-simplified: teacher, critic and student have one size; gradients are averaged by one all-reduce, without
-overlap; with --accumulate, rewards are compared within a micro-batch (over all processes).
+simplified: gradients are averaged by one all-reduce, without overlap; with --accumulate, softmax weights and
+a tilt compare the clips of one micro-batch (over all processes), and the balance sees one after another.
 """
+
+from engine import openmp  # isort: skip  (before torch loads)
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +33,7 @@ from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
-from networks import Networks, own_networks
+from networks import Networks, load_net, own_networks
 from reward import AXES, Balancer, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
 from saliency import intra_weight, reward_ascent, reward_saliency, to_latent_grid
@@ -39,7 +42,7 @@ from world.scene import World
 from world.words import caption
 
 # may change between a run and its continuation
-FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device")
+FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Flags:
     resume: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run(Networks):
     """What a training run holds. Only student, critic, their optimizers, the average, balancer, step and best
     score change."""
@@ -73,6 +76,7 @@ class Run(Networks):
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    openmp.use_threads(cfg.threads)
     rank, world, device = processes.start(cfg)
     run = prepare(replace(cfg, device=device), flags, rank, world)
     stop, cfg = checkpoint.stop_on_signal(), run.cfg
@@ -105,7 +109,7 @@ def main() -> None:
 
 def update_student(run: Run, step: int) -> dict[str, float]:
     """Move the student along the weighted DMD gradient on one batch of its own rollouts."""
-    cfg, total = run.cfg, {}
+    cfg, logged, weights = run.cfg, [], []
     for micro in range(cfg.accumulate):
         rngs, text, about = draw(run, "student", step, micro=micro)
         # 1. the student dreams a video the way it will at inference
@@ -115,7 +119,7 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         if not processes.may(x.isfinite().all(), cfg):
             x, rngs = without_broken(run, x, text, chunks, exit, ("student", step), micro)
         # 2. how far to trust the teacher on this rollout, and where
-        w, stats = weigh(run, x.detach(), about)
+        w, inter, stats = weigh(run, x.detach(), about)
         # 3. what would make it more like the teacher's videos
         t = sample_t(rngs, cfg, cfg.device)
         noise = randn(rngs, *x.shape[1:], device=cfg.device)
@@ -128,13 +132,19 @@ def update_student(run: Run, step: int) -> dict[str, float]:
                                    cfg)  # fmt: skip
                 g, finite = g - cfg.steer * up, finite & up.isfinite().flatten(1).all(1)
         w = w.expand(len(x), -1, -1, -1, -1)
+        finite = finite & w.isfinite().flatten(1).all(1)  # a reward may fail where the clip is fine
         if processes.may(finite.any(), cfg):
             loss = dmd_loss(x[finite], g[finite], w[finite]) * finite.float().mean()
             (loss / cfg.accumulate).backward()
         stats |= {"exit": exit, "frames": chunks * cfg.chunk}
         stats["dropped"] = (~finite).sum() * run.world * cfg.accumulate
-        total = {k: total.get(k, 0.0) + float(v) / cfg.accumulate for k, v in stats.items()}
-    stats = processes.mean(total, cfg.device)
+        logged.append({k: float(v) for k, v in stats.items()})
+        weights.append(inter)
+    stats = processes.mean({k: sum(s[k] for s in logged) / len(logged) for k in logged[0]}, cfg.device)
+    if run.reward is not None:
+        w = torch.cat(weights)
+        stats["ess"] = effective_share(w[w.isfinite()])
+        stats["w_intra_max"] = max(s["w_intra_max"] for s in logged)
     stats["grad_norm"] = update(run.student, run.student_opt, cfg)
     average(run, step)
     return stats
@@ -165,11 +175,12 @@ def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, ke
     return x, rngs
 
 
-def weigh(run: Run, x: Tensor, about) -> tuple[Tensor, dict]:
-    """w_inter · w_intra for rollouts x (b f c h w) → weights (b 1|f 1 1|h 1|w), and what to log."""
+def weigh(run: Run, x: Tensor, about) -> tuple[Tensor, Tensor, dict]:
+    """w_inter · w_intra for rollouts x (b f c h w) → weights (b 1|f 1 1|h 1|w), w_inter of all processes'
+    rollouts, and what to log. Where the reward is not finite, neither is the weight."""
     cfg = run.cfg
     if run.reward is None:
-        return torch.ones(1, 1, 1, 1, 1, device=x.device), {}
+        return torch.ones(1, 1, 1, 1, 1, device=x.device), torch.ones(0), {}
     axes = [AXES.index(a) for a in cfg.axes]
     with torch.no_grad(), processes.autocast(cfg):
         video01 = run.codec.decode(x.nan_to_num()).float()  # a broken rollout is judged, then dropped
@@ -187,9 +198,11 @@ def weigh(run: Run, x: Tensor, about) -> tuple[Tensor, dict]:
         inter = inter.view(-1, len(x))[:, :1].expand(-1, len(x)).flatten()
         intra = intra[:1]
     mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
-    stats = {name: everyone[:, i].mean() for i, name in enumerate(AXES)}
-    stats |= {"w_inter": inter.mean(), "ess": effective_share(inter), "w_intra_max": intra.max()}
-    return rearrange(mine, "b -> b 1 1 1 1") * intra, stats
+    judged = everyone[everyone.isfinite().all(1)]
+    stats = {name: judged[:, i].mean() for i, name in enumerate(AXES)}
+    stats["w_inter"] = inter[inter.isfinite()].mean()
+    stats["w_intra_max"] = processes.gather(intra.amax((1, 2, 3, 4)).nan_to_num()).max()
+    return rearrange(mine, "b -> b 1 1 1 1") * intra, inter, stats
 
 
 def update_critic(run: Run, *key: int | str) -> dict[str, float]:
@@ -201,7 +214,8 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
             with torch.no_grad():
                 x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
             t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
-        w, finite = critic_weight(run, x, about), x.isfinite().flatten(1).all(1)
+        w = critic_weight(run, x, about)
+        finite = x.isfinite().flatten(1).all(1) & w.isfinite()
         dropped += (~finite).sum() * run.world
         if processes.may(finite.any(), cfg):
             with processes.autocast(cfg):
@@ -292,6 +306,8 @@ def select(run: Run) -> dict[str, float]:
         run.best = score
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
         facts["vocabulary"] = " ".join(run.source.vocabulary)
+        if run.folder:  # where sample.py finds the codec
+            facts["nets"] = os.path.relpath(run.folder, run.out)
         checkpoint.save_weights(run.out / "student.safetensors", run.ema, run.cfg, "student", **facts)
     return stats
 
@@ -391,8 +407,12 @@ def finish(run: Run, flags: Flags) -> None:
         print(f"stopped after step {run.step}; --resume goes on from there", flush=True)
     elif run.rank == 0:
         path = run.out / "student.safetensors"
-        sheet(run, "after", checkpoint.load_net(path, run.cfg, "student"))
-        print(f"student {path} (held-out score {run.best:.3f}), sheets {run.out}/*.png", flush=True)
+        sheet(run, "after", load_net(path, run.cfg, "student"))
+        scored = f" (held-out score {run.best:.3f})" if run.best > -1 else ""
+        print(f"student {path}{scored}; {run.out}/before.png and after.png show the change", flush=True)
+        if run.folder:
+            prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
+            print(f'next: python sample.py {run.cfg.preset} --student={path} --prompt "{prompt}"', flush=True)
     processes.stop()
 
 

@@ -73,7 +73,7 @@ def annotate(path: Path, **facts) -> None:
 def read_header(path: Path) -> dict[str, str]:
     """The metadata `save_weights` wrote. Raises BadInput for a missing, corrupt or foreign file."""
     if not Path(path).is_file():
-        raise BadInput(f"no weights at {path}; 'python pretrain.py' makes them")
+        raise BadInput(f"no weights at {path}")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -78,7 +78,9 @@ def stop() -> None:
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
+    """bf16 if cfg.bf16. No cache of cast weights: before torch 2.11 those that a rollout's pass without
+    gradient had cast left its later pass with gradient without any."""
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16, cache_enabled=False)
 
 
 def average_gradients(params: list[nn.Parameter]) -> None:

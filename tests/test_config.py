@@ -46,10 +46,10 @@ def test_presets(name):
 def test_typed_values():
     """Catches values that are ignored or left as words."""
     cfg, flags = from_cli(
-        ["small", "--steps=7", "--lr", "1e-3", "--axes=VQ,TA", "--denoise=1,0.5", "--taper=432"]
+        ["small", "--steps=7", "--lr", "1e-3", "--axes=VQ,TA", "--denoise=1,0.5", "--taper=first"]
     )
     assert flags is None
-    typed = dict(steps=7, lr=1e-3, axes=("VQ", "TA"), denoise=(1.0, 0.5), taper="432")
+    typed = dict(steps=7, lr=1e-3, axes=("VQ", "TA"), denoise=(1.0, 0.5), taper="first")
     assert cfg == replace(PRESETS["small"], **typed)
 
 
@@ -110,6 +110,10 @@ def test_bare_booleans():
         (["--group=3"], ["batch=16", "group"]),
         (["--ema=1"], ["ema=1.0", "[0, 1)"]),
         (["--context_t=1"], ["context_t=1.0", "[0, 1)"]),
+        (["--method=diagonal", "--denoise=1,0.5"], ["denoise=(1.0, 0.5)", "taper=5432"]),
+        (["wan-1.3b", "--horizon=2"], ["horizon=2", "causal in time"]),
+        (["--accumulate=16", "--weight=softmax"], ["accumulate=16", "--weight=softmax"]),
+        (["--accumulate=16", "--method=tilted"], ["accumulate=16", "--tilt"]),
         (["--heads=3"], ["dim=128", "even width"]),
     ],
 )

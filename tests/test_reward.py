@@ -202,7 +202,7 @@ def test_a_broken_rollout_does_not_break_the_others():
 def test_a_broken_reward_does_not_break_the_others(cfg):
     """Catches a mean or a softmax that hands one rollout's NaN to all of the batch."""
     r = torch.tensor([0.5, float("nan"), 2.0, 0.0])
-    assert rollout_weight(r, cfg)[[0, 2, 3]].isfinite().all()
+    assert rollout_weight(r, cfg).isfinite().tolist() == [True, False, True, True], "its own stays broken"
 
 
 def test_shortest_window():
@@ -286,7 +286,7 @@ def test_tilt_weight():
     r = torch.tensor([0.0, 1.0, -2.0, torch.nan])
     w = tilt_weight(r, 2.0)
     torch.testing.assert_close(w[:3] / w[0], (-2 * r[:3]).exp())
-    assert w[3] == 0 and float(w.sum()) == pytest.approx(3)
+    assert w[3].isnan() and float(w[:3].sum()) == pytest.approx(3)
     torch.testing.assert_close(tilt_weight(r[:3] + 5, 2.0), w[:3])
     assert tilt_weight(r[:3], 0.0).tolist() == [1, 1, 1]
 

@@ -69,6 +69,11 @@ def parse(prompt: str, objects: int) -> list[str]:
     return [*(word for thing in meaning for word in thing), background]
 
 
+def left_open(meaning: list[str]) -> list[str]:
+    """Of the first object, what `parse` found no word for and every training caption names."""
+    return [kind for kind, word in zip(("colour", "shape", "motion"), meaning, strict=False) if not word]
+
+
 def check_words(words: list[str], vocabulary) -> None:
     for word in words:
         if word not in vocabulary:

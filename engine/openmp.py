@@ -1,0 +1,18 @@
+"""How OpenMP's threads wait for work: read once, when torch loads, so a script imports this before torch.
+
+By default they spin: on two cores beside one other busy process a step then takes ten times as long. Waiting
+without spinning costs about a tenth on a machine that has nothing else to do (docs/results.md, "Speed"). What
+the environment says already wins.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def use_threads(count: int) -> None:
+    """Compute with `count` CPU threads; 0: as many as torch takes by itself, one a core."""
+    import torch  # not at the top: the line above has to come first
+
+    if count:
+        torch.set_num_threads(count)
