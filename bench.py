@@ -201,7 +201,7 @@ def main() -> None:
     cfg = build(preset, typed)
     if min(flags.chunks, flags.rounds, flags.fps) < 1 or flags.long < 0:
         given = f"chunks={flags.chunks} rounds={flags.rounds} fps={flags.fps} long={flags.long}"
-        raise BadInput(f"{given} is not possible; allowed: from 1, long from 0")
+        raise BadInput(f"{given} is not possible; allowed: from 1, --long from 0")
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
     rows = training(preset, typed, flags) if flags.training else sampling(cfg, flags)

@@ -135,6 +135,8 @@ def _metadata(folder: Path) -> list[tuple[str, str]]:
 
 def source_of(cfg: Config, split: str = "train", drop_words: float = 0.0) -> World | ClipFolder | PromptFile:
     """The world, or what cfg.data names: a folder of clips, a file of prompts. Raises BadInput."""
+    if cfg.data and not Path(cfg.data).exists():
+        raise BadInput(f"--data={cfg.data}: there is no such folder of clips or file of prompts")
     if Path(cfg.data).is_file():
         return PromptFile(cfg.data)
     return ClipFolder(cfg, cfg.data) if cfg.data else World(cfg, split, drop_words)

@@ -1,5 +1,6 @@
 """sample.py as people run it, on the random nets of test_train."""
 
+import shlex
 import shutil
 import sys
 from itertools import islice
@@ -8,8 +9,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from runs import KEYS, in_process
 
 import sample
+import train
 from config import cli
 
 
@@ -160,3 +163,39 @@ def test_streams_without_keeping_the_past(nets):  # noqa: F811
         for _ in islice(sample.stream(student, text, cfg, [torch.Generator()], cache=cache), 30):
             sizes.append(sum(v.numel() for v in cache.keys))
     assert sizes[5] == sizes[-1] and len(cache.chunks) == cfg.cached_chunks
+
+
+def test_the_sheet_shows_all_of_a_clip_with_the_prompt_of_each_stretch():
+    """Catches a sheet of the first sixteen frames under the first prompt."""
+    plan = [("one", 0, 0), ("two", 48, 12)]
+    shown = sample.stretches(plan, 96)
+    assert list(shown) == ["one   (frames 0 to 47)", "two   (frames 48 to 95)"]
+    one, two = shown.values()
+    assert one == list(range(0, 48, 3)) and two == list(range(48, 96, 3))
+    assert sample.stretches([("one", 0, 0)], 5)["one   (frames 0 to 4)"] == [0, 1, 2, 3, 4]
+
+
+def test_a_student_finds_its_codec(nets, tmp_path, monkeypatch, capsys):
+    """What train.py leaves is sampled by the command it prints, whatever folder the nets are in."""
+    in_process(monkeypatch, train, f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--steps=1")
+    said = capsys.readouterr().out
+    command = shlex.split(said.partition("next: python sample.py ")[2].splitlines()[0])
+    in_process(monkeypatch, sample, *command, "--frames=4", f"--out={tmp_path}/clip.mp4")
+    assert (tmp_path / "clip.mp4").exists() and f"student {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_student_without_a_codec_names_where_it_looked(nets, tmp_path, monkeypatch, capsys):
+    shutil.copy(nets / "stream_r1.safetensors", tmp_path / "student.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        in_process(
+            monkeypatch, sample, f"--student={tmp_path}/student.safetensors", f"--out={tmp_path}/a.mp4"
+        )
+    assert stopped.value.code == 2
+    assert f"{tmp_path}/codec.safetensors" in capsys.readouterr().err
+
+
+def test_a_short_prompt_says_what_it_leaves_open(call, capsys):
+    call("--prompt", "red", "--frames=4")
+    assert "leaves open shape and motion" in capsys.readouterr().out
+    call("--prompt", "a red ring moving up", "--frames=4")
+    assert "leaves open" not in capsys.readouterr().out

@@ -155,6 +155,8 @@ def load_videoalign(folder: str | Path, video_fps: float) -> VideoAlignReward:
 
 def read_settings(path: Path) -> tuple[Settings, float]:
     """model_config.json → settings, and how much the low-rank updates count. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"{path.parent} lacks model_config.json of VideoReward")
     try:
         words = json.loads(path.read_text())
         data, scale, lora = words["data_config"], words["inference_config"], words["peft_lora_config"]
@@ -164,7 +166,7 @@ def read_settings(path: Path) -> tuple[Settings, float]:
         rank = lora["lora_r"] ** 0.5 if lora["use_rslora"] else lora["lora_r"]
         strength = lora["lora_alpha"] / rank
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is no model_config.json of VideoReward: {error!r}") from error
+        raise BadInput(f"{path} is not VideoReward's: {type(error).__name__} {error}") from error
     if kinds != ("special", "uniform", "detailed_special"):
         raise BadInput(f"{path}: {kinds} is not possible; allowed: special, uniform, detailed_special")
     return settings, strength
