@@ -151,8 +151,8 @@ def test_missing_and_broken_parts(folder, tmp_path):
 
         return change
 
-    refused(lambda c: (c / "model_config.json").unlink(), "no model_config.json")
-    refused(settings("inference_config", "VQ_std", None), "no model_config.json")
+    refused(lambda c: (c / "model_config.json").unlink(), "lacks model_config.json")
+    refused(settings("inference_config", "VQ_std", None), "is not VideoReward")
     refused(settings("model_config", "reward_token", "last"), "allowed: special, uniform, detailed_special")
     refused(lambda c: (c / "prompt_template.py").unlink(), "prompt_template.py")
     refused(lambda c: (c / "prompt_template.py").write_text("A = 1"), "holds no DETAILED_PROMPT")
