@@ -42,9 +42,9 @@ from study.compare import PARTLESS, as_flag
 class Flags:
     chunks: int = 100  # timed per mode
     fps: int = 16  # of the deadline that chunks may miss
-    compile: bool = False
+    compile: bool = False  # a third mode, torch.compile
     long: int = 0  # also compare a stream this many chunks old with a fresh one
-    training: bool = False
+    training: bool = False  # time steps of train.py instead
     rounds: int = 4  # of --training: 5 steps of each method a round
     nets: str = ""  # of --training; default assets/<preset>
     json: bool = False  # one line for machines, not a table

@@ -5,7 +5,9 @@ script.py [preset] [--key=value ...]        unknown key, wrong type or impossibl
 
 import argparse
 import difflib
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -22,13 +24,13 @@ class BadInput(ValueError):
 @dataclass(frozen=True)
 class Config:
     # world -----------------------------------------------------------------------------------------------
-    preset: str = "tiny"
+    preset: str = "tiny"  # the name of the settings below that a run starts from
     height: int = 32  # pixels
     width: int = 32  # pixels
     objects: int = 1  # moving things in a clip of the procedural world
-    fps: int = 8
+    fps: int = 8  # frames a second
     data: str = ""  # a folder of captioned clips instead of the procedural world; a file of prompts for Wan
-    negative: str = ""  # the prompt that guidance leads Wan away from
+    negative: str = ""  # the prompt that guidance leads Wan away from; published: a fixed Chinese one
     # latent video ----------------------------------------------------------------------------------------
     frames: int = 16  # latent frames the teacher knows, and that DMD compares
     chunk: int = 4  # latent frames generated together
@@ -40,44 +42,44 @@ class Config:
     # transformer -----------------------------------------------------------------------------------------
     patch: int = 1  # latent cells per token and side
     patch_time: int = 4  # latent frames per token: what moves within a token shows its velocity
-    dim: int = 128
-    ffn: int = 512
-    layers: int = 6
-    heads: int = 4
+    dim: int = 128  # width of the transformer
+    ffn: int = 512  # width between the two layers of a feed-forward part
+    layers: int = 6  # blocks
+    heads: int = 4  # attention heads
     time_freqs: int = 64  # width of the sinusoidal time embedding
-    text_length: int = 5
-    text_width: int = 64
+    text_length: int = 5  # words a prompt may have, with Wan tokens
+    text_width: int = 64  # numbers per word or token
     predict: Literal["x", "v"] = "x"  # clean latents (patches wider than the model) or velocity
     # what a chunk may look at ----------------------------------------------------------------------------
     window: int = 3  # chunks attended to in all: sink + recent + the current one; 0 = the whole clip
-    sink: int = 1  # chunks of it that are never evicted
+    sink: int = 1  # chunks of it that are never evicted; diagonal's is published as 3 static frames
     sink_mode: Literal["none", "static", "ema"] = "ema"  # ema: Reward Forcing's EMA-Sink
     sink_decay: float = 0.99  # EMA-Sink: share of the old sink kept at each eviction
     sink_dtype: Literal["fp32", "bf16"] = "fp32"  # released: bf16, where decay .999 stands still
     kv_grad: bool = False  # let gradient leak through the cache, as the released code does
     # flow and rollout ------------------------------------------------------------------------------------
     shift: float = 3.0  # warps uniform time towards noise
-    guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 trembles more (docs/log.md)
+    guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 makes objects shake more
     denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
-    taper: Literal["uniform", "5432", "432", "first"] = "uniform"  # steps per chunk
+    taper: Literal["uniform", "5432", "432", "first"] = "uniform"  # steps per chunk; noise levels are ours
     context: Literal["clean", "noisy", "none"] = "clean"  # what later chunks see; none: the last step's keys
     context_t: float = 0.0  # noise level of a noisy context, in [0, 1)
     horizon: int = 2  # rollouts last up to horizon * frames; DMD looks at the last `frames`
     # method ----------------------------------------------------------------------------------------------
-    method: str = "stream_r1"
-    beta: float = 0.5  # rollout weight exp(beta * reward); 0 = plain DMD
+    method: str = "stream_r1"  # whose settings: it decides some of what follows; a field that is typed wins
+    beta: float = 0.5  # rollout weight exp(beta * reward); 0 = plain DMD; published: 2.0
     axes: tuple[str, ...] = ("VQ", "MQ", "TA")  # reward axes in use
     weight: Literal["exp", "softmax"] = "exp"  # softmax: over the global batch
     weight_cap: float = 0.0  # largest rollout weight; 0 = none
     group: int = 1  # rollouts per prompt; above 1 the reward is relative to the prompt's mean
     balance: Literal["none", "penalty", "axis_weights"] = "penalty"  # penalty: the paper's
     balance_strength: float = 0.5  # lambda of the penalty
-    balance_window: int = 50  # steps of reward history
-    balance_temperature: float = 0.5  # of axis_weights
-    space: bool = True  # weight the loss by spatial saliency
+    balance_window: int = 50  # updates of history, unused until full; published: 50 micro-batches, 6 updates
+    balance_temperature: float = 0.5  # of axis_weights: lower leans more on the axis that improves least
+    space: bool = True  # weight the loss by spatial saliency, |dr| summed; published: its L2 norm
     time: bool = True  # weight the loss by temporal saliency
-    floor_space: float = 0.15
-    floor_time: float = 0.2
+    floor_space: float = 0.15  # smallest spatial weight before the mean becomes 1
+    floor_time: float = 0.2  # smallest temporal weight before the mean becomes 1
     fuse_temperature: float = 1.0  # softmax(-reward / T) over axes: the weakest axis speaks loudest
     released_patch_order: bool = False  # scramble the spatial map as the released code does
     released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
@@ -86,28 +88,28 @@ class Config:
     steer_from: float = 0.7  # noise level from which it acts: where layout and motion are still open
     tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
-    seed: int = 0
-    steps: int = 100  # student updates
+    seed: int = 0  # another one gives other clips and other noise
+    steps: int = 100  # student updates of every method; published: 200; 120 for Self and Reward Forcing
     batch: int = 16  # clips per step over all processes
-    accumulate: int = 1  # micro-batches per update and process
-    critic_steps: int = 2  # critic updates per student update
-    critic_warmup: int = 20  # critic-only updates before the first step
-    lr: float = 2e-4
-    critic_lr: float = 4e-4
-    beta1: float = 0.0  # Adam's, for student and critic
-    beta2: float = 0.99
-    ema: float = 0.98
-    clip: float = 1.0  # gradient norm
-    t_min: float = 0.02  # noise levels at which scores are compared
-    t_max: float = 0.98
+    accumulate: int = 1  # micro-batches per update and process; one exit step for all, published: one each
+    critic_steps: int = 2  # critic updates per student update; published: 5
+    critic_warmup: int = 20  # critic-only updates before the first step; published: none
+    lr: float = 2e-4  # learning rate of the student
+    critic_lr: float = 4e-4  # learning rate of the critic
+    beta1: float = 0.0  # Adam's first decay, for student and critic
+    beta2: float = 0.99  # Adam's second decay; published: .999
+    ema: float = 0.98  # decay of the student's average, kept from update 1; published: from a later one
+    clip: float = 1.0  # largest gradient norm; published: 10
+    t_min: float = 0.02  # lowest noise level at which scores are compared
+    t_max: float = 0.98  # highest noise level at which scores are compared
     bf16: bool = False  # autocast; pays on GPUs and on CPUs with bf16 dot products
     checkpointing: bool = False  # recompute blocks in the backward pass
     shard: bool = False  # FSDP2: spread parameters, gradients, optimizers and averages over the processes
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
     threads: int = 0  # CPU threads to compute with; 0: one a core, for streaming tiny one in all
-    save_every: int = 50
+    save_every: int = 50  # steps between checkpoints, of which two are kept
     eval_every: int = 25  # steps between held-out measurements; the best EMA student is kept
-    eval_clips: int = 64
+    eval_clips: int = 64  # held-out prompts that are measured
     max_bad: int = 8  # steps in a row with a non-finite sample before the run stops
 
     def __post_init__(self):
@@ -136,7 +138,6 @@ class Config:
             check(name, getattr(self, name) < 1, "within [0, 1)")
         check("time_freqs", self.time_freqs % 2 == 0, "an even number")
         check("objects", bool(self.data) or self.objects <= 8, "1 to 8, one a colour")
-        check("device", self.device in ("auto", "cpu", "cuda"), "auto | cpu | cuda")
         grid = self.denoise
         falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
         falling &= bool(grid) and grid[0] == 1 and grid[-1] > 0
@@ -222,17 +223,17 @@ PRESETS: dict[str, Config] = {
     ),
 }  # fmt: skip
 
-_PLAIN = dict(beta=0.0, space=False, time=False, balance="none")
+PLAIN = dict(beta=0.0, space=False, time=False, balance="none")
 METHODS: dict[str, dict] = {
-    "self_forcing": dict(_PLAIN, window=0, sink=0, sink_mode="none"),
+    "self_forcing": dict(PLAIN, window=0, sink=0, sink_mode="none"),
     "reward_forcing": dict(space=False, time=False, balance="none", axes=("MQ",)),
     "stream_r1": {},
-    "diagonal": dict(_PLAIN, taper="5432", context="none", motion=4.0),
-    "first_chunk_more": dict(_PLAIN, taper="first"),
-    "tilted": dict(_PLAIN, tilt=6.0),
-    "steered": dict(_PLAIN, steer=5.0, guidance=3.0),
-    "nudged": dict(_PLAIN, steer=1.5, guidance=3.0, lr=1e-4),
-    "combined": dict(_PLAIN, steer=1.5, guidance=3.0, motion=4.0),
+    "diagonal": dict(PLAIN, taper="5432", context="none", motion=4.0),
+    "first_chunk_more": dict(PLAIN, taper="first"),
+    "tilted": dict(PLAIN, tilt=6.0),
+    "steered": dict(PLAIN, steer=5.0, guidance=3.0),
+    "nudged": dict(PLAIN, steer=1.5, guidance=3.0, lr=1e-4),
+    "combined": dict(PLAIN, steer=1.5, guidance=3.0, motion=4.0),
 }
 
 
@@ -261,7 +262,14 @@ def _add_field(parser: argparse.ArgumentParser, f) -> None:
     elif get_origin(f.type) is list:
         parser.add_argument(flag, action="append", type=get_args(f.type)[0])
     else:
-        parser.add_argument(flag, type=_parse(f.type), metavar=f.name.upper())
+        parser.add_argument(flag, type=_parse(f.type))
+
+
+def as_flag(name: str, value) -> str:
+    """A field as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
@@ -277,20 +285,81 @@ def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str,
     """The same, before it becomes a Config → (preset, typed fields of Config, flags or None)."""
     own = {f.name: f for f in fields(flags)} if flags else {}
     shared = {f.name: f for f in fields(Config) if f.name not in own and f.name != "preset"}
-    parser = _Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("preset", nargs="?", default="tiny", help=" | ".join(PRESETS))
+    parser = _Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    parser.add_argument("preset", nargs="?", default="")
+    parser.add_argument("--config", default="")
+    for name in ("--help", "-h", "--help-all"):
+        parser.add_argument(name, action="store_true", default=False)
     for f in (*own.values(), *shared.values()):
         _add_field(parser, f)
     known, unknown = parser.parse_known_args(argv)
+    typed = vars(known)
+    asked, path, *help_ = (typed.pop(name) for name in ("preset", "config", "help", "h", "help_all"))
+    if any(help_):
+        print(help_text(doc, flags, asked if asked in PRESETS else "tiny", typed, everything=help_[-1]))
+        sys.exit()
     if unknown:
         word = unknown[0].lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(word, [*own, *shared], 1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists what is allowed"
+        near = difflib.get_close_matches(word, [*own, *shared, "config", "help-all"], 1)
+        hint = f"did you mean --{near[0]}?" if near else "--help-all lists what is allowed"
         raise BadInput(f"unknown argument {unknown[0]}; {hint}")
-    typed = vars(known)
-    preset, ours = typed.pop("preset"), {k: v for k, v in typed.items() if k in own}
-    return preset, {k: v for k, v in typed.items() if k in shared}, flags(**ours) if flags else None
+    ours = {k: v for k, v in typed.items() if k in own}
+    theirs = {k: v for k, v in typed.items() if k in shared}
+    made, saved = saved_settings(path) if path else (asked or "tiny", {})
+    if asked not in ("", made):
+        raise BadInput(f"--config={path} is of preset {made!r}, asked for was {asked!r}")
+    return made, saved | theirs, flags(**ours) if flags else None
+
+
+def saved_settings(path: str) -> tuple[str, dict]:
+    """A run's config.json → its preset, its method and where it departs from both. Raises BadInput."""
+    try:
+        text = Path(path).read_text()
+        made = replace(from_words(text), preset=json.loads(text)["preset"], device="auto")
+        plain = build(made.preset, {"method": made.method})
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise BadInput(f"--config={path} is no config.json of a run: {error}") from error
+    return made.preset, {k: v for k, v in vars(made).items() if k == "method" or v != vars(plain)[k]}
+
+
+def options(values) -> dict[str, tuple[str, str]]:
+    """Fields of a dataclass → (group, help line): how it is typed, its comment, [choices; default]."""
+    group, notes, found = "", {}, {}
+    for line in inspect.getsource(type(values)).splitlines():
+        if title := re.match(r"    # (.+?) -{5,}$", line):
+            group = title[1]
+        elif note := re.match(r"    (\w+): .*?  # (.+)", line):
+            notes[note[1]] = group, note[2]
+    for f in fields(values):
+        group, note = notes.get(f.name, ("", ""))
+        value, choices = vars(values)[f.name], METHODS if f.name == "method" else ()
+        choices = get_args(f.type) if get_origin(f.type) is Literal else choices
+        flag = f"--[no-]{f.name}" if f.type is bool else f"--{f.name}={_TYPED.get(f.type, 'WORD')}"
+        if f.type is bool:
+            value = "on" if value else "off"
+        shown = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+        about = [" | ".join(choices)] * bool(choices) + [f"default {shown}"] * bool(shown)
+        found[f.name] = group, f"  {flag:<26} {note}" + f" [{'; '.join(about)}]" * bool(about)
+    return found
+
+
+_TYPED = {int: "N", float: "X", Path: "PATH", tuple[str, ...]: "A,B", tuple[float, ...]: "X,Y"}
+_CONFIG = f"  {'--config=PATH':<26} start from the config.json of a run; what is typed wins"
+_HELP = f"  {'--help, --help-all':<26} show some settings, or all of them"
+# settings that --help shows; --help-all shows the rest
+COMMON = "method steps batch seed beta guidance data device bf16 threads".split()
+
+
+def help_text(doc: str, flags: type | None, preset: str, typed: dict, everything: bool) -> str:
+    """A script's docstring, its own options, then settings with the defaults of preset and method."""
+    cfg = build(preset, {k: v for k, v in typed.items() if k == "method"})
+    own = options(flags()) if flags else {}
+    head = f"  {'[preset]':<26} {' | '.join(PRESETS)}", _CONFIG, _HELP
+    groups = {"this script": [*head, *(line for _, line in own.values())]}
+    for name, (group, line) in options(cfg).items():
+        if name not in own and name != "preset" and (everything or name in COMMON):
+            groups.setdefault(group if everything else f"settings, as in {cfg.preset}", []).append(line)
+    return "\n".join([doc.strip(), *("\n".join(["", title, *lines]) for title, lines in groups.items())])
 
 
 def build(preset: str, typed: dict) -> Config:

@@ -44,13 +44,13 @@ FREE = ("device", "threads", "save_every", "eval_every", "eval_clips", "max_bad"
 @dataclass(frozen=True)
 class Flags:
     stage: str = "all"  # codec | teacher | causal | consistency (optional) | reward | all
-    out: str = "out/pretrain"
+    out: str = "out/pretrain"  # the folder for weights and contact sheets
     start: str = ""  # an earlier codec or teacher to go on from, the learning rate rising and falling anew
     rivals: str = ""  # students whose clips the reward model learns to put below real ones, comma-separated
-    resume: bool = False
-    steps: int = 0  # 0: the stage's own
-    batch: int = 0
-    lr: float = 0.0  # Muon's; AdamW runs at half of it
+    resume: bool = False  # go on with a stage that was stopped
+    steps: int = 0  # updates; 0: the stage's own
+    batch: int = 0  # clips an update; 0: the stage's own
+    lr: float = 0.0  # Muon's, AdamW's is half of it; 0: the stage's own
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ FORMATS = (".mp4", ".gif", ".webp")
 
 @dataclass(frozen=True)
 class Flags:
-    prompt: list[str] = field(default_factory=lambda: ["a red circle moving left slowly"])
-    frames: int = 64
-    seed: int = 0
+    prompt: list[str] = field(default_factory=lambda: ["a red circle moving left slowly"])  # may be repeated
+    frames: int = 64  # of the video, any number
+    seed: int = 0  # another one gives another video
     steps: int = 0  # denoising steps per chunk; 0: as trained
-    out: str = "out/sample.mp4"
+    out: str = "out/sample.mp4"  # or .gif or .webp; a contact sheet lies beside it
     student: str = ""  # default assets/<preset>/stream_r1.safetensors
     codec: str = ""  # default: beside the student
     wan: str = ""  # Wan2.1 in diffusers' format: codec and text; --student may then be another trainer's

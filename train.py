@@ -47,13 +47,13 @@ FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", 
 
 @dataclass(frozen=True)
 class Flags:
-    out: str = "out/train"
+    out: str = "out/train"  # the folder of the run
     nets: str = ""  # folder with codec, teacher, causal and reward weights; default assets/<preset>
     start: str = ""  # the student's first weights; default <nets>/causal.safetensors
     wan: str = ""  # Wan2.1 in diffusers' format, in place of nets; then --data names a file of prompts
-    teacher: str = ""  # with --wan: another, larger teacher
+    teacher: str = ""  # with --wan: another, larger teacher; published: 14B, without it 1.3B
     videoalign: str = ""  # with --wan: a folder with the reward, see wan/videoalign.py
-    resume: bool = False
+    resume: bool = False  # go on with the run in --out
 
 
 @dataclass(kw_only=True)

@@ -2,9 +2,10 @@
 read."""
 
 import dataclasses
+import importlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import config as module
-from config import METHODS, PRESETS, BadInput, Config, build, from_cli, from_words
+from config import COMMON, METHODS, PRESETS, BadInput, Config, as_flag, build, from_cli, from_words, options
 from engine.checkpoint import (
     load_state,
     load_weights,
@@ -84,7 +85,9 @@ def test_bare_booleans():
     [
         (["--stepz=3"], ["--stepz", "did you mean --steps"]),
         (["--step=3"], ["--step", "did you mean --steps"]),
-        (["--qqqq=3"], ["--qqqq", "--help"]),
+        (["--qqqq=3"], ["--qqqq", "--help-all"]),
+        (["--confg=x"], ["did you mean --config"]),
+        (["--device=tpu"], ["device=tpu", "auto | cpu | cuda | mps"]),
         (["huge"], ["'huge'", "tiny | small | wan-1.3b"]),
         (["tiny", "small"], ["small"]),
         (["--method=dmd"], ["method=dmd", "self_forcing | reward_forcing"]),
@@ -157,6 +160,123 @@ def test_flags_of_a_script():
     cfg, flags = from_cli(["--out=here", "--prompt=a", "--prompt=b", "--steps=9", "--seed=4"], Flags)
     assert flags == Flags("here", ["a", "b"], 9)
     assert cfg == replace(PRESETS["tiny"], seed=4)
+
+
+# -- help and saved settings -----------------------------------------------------------------------
+
+SCRIPTS = ("train", "pretrain", "sample", "bench", "study.evaluate", "study.figures", "wan.memory")
+
+
+def help_of(capsys, *argv, flags=None, doc="") -> list[str]:
+    with pytest.raises(SystemExit) as caught:
+        from_cli([*argv], flags, doc)
+    assert not caught.value.code
+    return capsys.readouterr().out.splitlines()
+
+
+def about(lines: list[str], name: str) -> str:
+    """What the one line of an option says of it, without [choices; default]."""
+    (line,) = (x for x in lines if x.startswith((f"  --{name}=", f"  --[no-]{name} ")))
+    return line[28:].partition(" [")[0].strip()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_has_help(script, capsys):
+    """Catches a field of Config or of a script without a comment, and one that --help-all leaves out."""
+    module = importlib.import_module(script)
+    lines = help_of(capsys, "--help-all", flags=module.Flags, doc=module.__doc__)
+    assert lines[0] == module.__doc__.splitlines()[0]
+    for f in {f.name: f for f in (*fields(Config), *fields(module.Flags)) if f.name != "preset"}:
+        assert about(lines, f), f"{script}: --{f} has no comment"
+
+
+@dataclass
+class Mixed:
+    one: int = 1  # the first
+    # others ----------------------------
+    two: str = "a"
+    three: bool = True  # the third  # and more
+
+
+def test_a_field_without_a_comment_is_seen():
+    """Catches a reader that takes the comment of another field."""
+    (g1, one), (_, two), (g3, three) = options(Mixed()).values()
+    assert (g1, g3) == ("", "others")
+    assert "the first [default 1]" in one and "the third  # and more [default on]" in three
+    assert two.split() == ["--two=WORD", "[default", "a]"]
+
+
+def test_help_is_short_and_of_the_preset_that_is_named(capsys):
+    """Catches a --help of eighty lines, and defaults of tiny beside another preset's or method's name."""
+    short = help_of(capsys, "wan-1.3b", "--help", "--method=self_forcing", flags=Flags)
+    full = help_of(capsys, "small", "-h", "--help-all")
+    settings = [x for x in short if x.startswith("  --")]
+    assert len(settings) < 20 and any("--help-all" in x for x in short)
+    for name in set(COMMON) - {"steps"}:
+        assert about(short, name)
+    assert "  --[no-]bf16" in "".join(x for x in short if "default on" in x)
+    assert any("--beta=" in x and "default 0.0]" in x for x in short), "the method's default is not shown"
+    assert any("--steps=" in x and "default 25]" in x for x in short), "the script's own flag does not win"
+    assert any("--dim=N" in x and "[default 192]" in x for x in full)
+    assert any("--axes=A,B" in x and "[default VQ,MQ,TA]" in x for x in full)
+    assert any("--taper=" in x and "[uniform | 5432 | 432 | first; default uniform]" in x for x in full)
+    assert full.index("transformer") < next(i for i, x in enumerate(full) if "--dim=" in x)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_field_can_be_typed_back(name):
+    """Catches a value that is typed in another way than it is read."""
+    cfg = build(name, {"method": "diagonal", "bf16": False, "denoise": (1.0, 0.3)})
+    argv = [as_flag(k, v) for k, v in asdict(cfg).items() if k != "preset"]
+    assert from_cli([name, *argv])[0] == cfg
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's config.json, as train.py writes it."""
+    cfg = build("small", {"method": "diagonal", "lr": 3e-4, "motion": 1.0, "device": "cpu"})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(cfg) | {"torch": "2.13", "world": 1, "origin": {"nets": "x"}}))
+    return cfg, path
+
+
+def test_saved_settings(saved):
+    """Catches settings of a run that are lost, that win over what is typed, or that pin its machine."""
+    cfg, path = saved
+    assert from_cli([f"--config={path}"])[0] == replace(cfg, device="auto")
+    assert from_cli(["small", f"--config={path}", "--device=cpu"])[0] == cfg
+    typed = from_cli(["--steps=7", f"--config={path}", "--lr=1e-3"])[0]
+    assert typed == replace(cfg, device="auto", steps=7, lr=1e-3)
+    other = from_cli([f"--config={path}", "--method=self_forcing"])[0]
+    assert other == build("small", {"method": "self_forcing", "lr": 3e-4, "motion": 1.0})
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ("[1]", "list"),
+        ("{}", "preset"),
+        ('{"preset": "huge"}', "unknown preset 'huge'"),
+        ('{"preset": "tiny", "steps": "many"}', "str"),
+        ('{"preset": "tiny", "chunk": 5}', "chunk"),
+        ('{"preset": "tiny", "method": "lost"}', "method=lost"),
+    ],
+)
+def test_bad_saved_settings(tmp_path, text, said):
+    """Catches a traceback, and a file of something else that becomes a run with default settings."""
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    line = refusal(from_cli, [f"--config={path}"])
+    assert str(path) in line and said in line, line
+
+
+def test_saved_settings_of_another_preset(saved):
+    """Catches a preset on the line that is ignored."""
+    line = refusal(from_cli, ["tiny", f"--config={saved[1]}"])
+    assert "'small'" in line and "'tiny'" in line
 
 
 def test_config_is_frozen():
