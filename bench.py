@@ -14,7 +14,6 @@ fresh one take turns, chunk by chunk: a machine's speed changes within minutes.
 from engine import openmp  # isort: skip  (before torch loads)
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,13 +28,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
-from config import BadInput, Config, build, cli, read_cli
+from config import PLAIN, BadInput, Config, as_flag, build, cli, read_cli
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
 from engine.rng import rng_for
 from model import RingCache, VideoDiT
 from rollout import directly, step_grid, stream
-from study.compare import PARTLESS, as_flag
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,22 @@ class Flags:
 
 def synchronise(cfg: Config) -> None:
     if cfg.device != "cpu":
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
 
 
 def peak_memory(cfg: Config) -> float:
-    """MiB: of the device on a GPU; on a CPU of the process, modes before this one included."""
-    if cfg.device != "cpu":
+    """MiB: of the device with CUDA; else of the process, modes before this one included."""
+    if cfg.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return largest_process("RUSAGE_SELF")
+
+
+def largest_process(who: str) -> float:
+    """MiB of resident memory at its peak; nan on Windows, where Python does not know it."""
+    if resource is None:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(vars(resource)[who]).ru_maxrss * unit / 2**20
 
 
 def matmul_peak(cfg: Config) -> float:
@@ -117,7 +128,7 @@ def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> d
 
 def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: float, peak: float) -> dict:
     """One row of the table."""
-    if cfg.device != "cpu":
+    if cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
@@ -160,7 +171,7 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
         codec = Codec(cfg).eval() if cfg.stride == 8 and cfg.time_stride == 1 else None
     if cfg.bf16:
         student.bfloat16()
-    modes = {"eager": student.run} | ({"graph": student.run} if cfg.device != "cpu" else {})
+    modes = {"eager": student.run} | ({"graph": student.run} if cfg.device == "cuda" else {})
     if flags.compile:
         modes["compiled"] = compiled(student.run, cfg.device)
     with torch.inference_mode():
@@ -174,7 +185,8 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
 def training(preset: str, typed: dict, flags: Flags) -> list[dict]:
     """Medians of metrics.jsonl's `seconds` over alternating short runs of train.py, first steps left out."""
     method = build(preset, typed).method
-    methods = {"plain, the same cache": typed | PARTLESS, method: typed | {"method": method}}
+    plain = {"method": "stream_r1"} | PLAIN
+    methods = {"plain, the same cache": typed | plain, method: typed | {"method": method}}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     script, nets = Path(__file__).with_name("train.py"), [f"--nets={flags.nets}"] * bool(flags.nets)
     for _, (name, fields) in product(range(flags.rounds), methods.items()):
@@ -189,7 +201,7 @@ def training(preset: str, typed: dict, flags: Flags) -> list[dict]:
             lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
             seconds[name] += [json.loads(line)["seconds"] for line in lines]
     medians = {name: sorted(taken)[len(taken) // 2] for name, taken in seconds.items()}
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest run
+    peak = largest_process("RUSAGE_CHILDREN")
     return [
         {"mode": f"a step of {name}", "seconds": s, "ratio": s / next(iter(medians.values())),
          "steps": len(seconds[name]), "peak MiB": peak} for name, s in medians.items()
@@ -206,7 +218,8 @@ def main() -> None:
     cfg = replace(cfg, device=pick_device(cfg))
     rows = training(preset, typed, flags) if flags.training else sampling(cfg, flags)
     passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")
-    where = torch.cuda.get_device_name() if cfg.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    where = f"CPU, {torch.get_num_threads()} threads" if cfg.device == "cpu" else cfg.device
+    where = torch.cuda.get_device_name() if cfg.device == "cuda" else where
     facts = {
         "preset": cfg.preset, "device": where, "torch": torch.__version__, "bf16": cfg.bf16,
         "seed": cfg.seed, "frames per chunk": cfg.chunk * cfg.time_stride, "passes per chunk": passes,

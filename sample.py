@@ -70,7 +70,7 @@ def main() -> None:
 
     if flags.compile:
         student.run = compiled(student.run, cfg.device)
-    call = CudaGraphs() if flags.graph and cfg.device != "cpu" else directly
+    call = CudaGraphs() if flags.graph and cfg.device == "cuda" else directly
     seconds: list[float] = []
     rows = stretches(plan, flags.frames)
     kept = {i: torch.empty(0) for shown in rows.values() for i in shown}

@@ -64,11 +64,13 @@ def is_share(x: Tensor) -> bool:
 
 
 def pick_device(cfg: Config) -> str:
-    if cfg.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.device != "cpu" and not torch.cuda.is_available():
-        raise BadInput(f"device={cfg.device} is not possible: torch sees no CUDA device; allowed: auto | cpu")
-    return cfg.device
+    """cfg.device, or for "auto" the first there is of cuda, mps and cpu. Raises BadInput."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # gloo, which talks between processes, knows no mps
+    there = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available()}
+    found = [name for name, is_there in there.items() if is_there] + ["cpu"]
+    if cfg.device not in ("auto", *found):
+        raise BadInput(f"device={cfg.device} is not possible here; allowed: {' | '.join(('auto', *found))}")
+    return found[0] if cfg.device == "auto" else cfg.device
 
 
 def stop() -> None:
