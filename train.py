@@ -33,6 +33,7 @@ from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
+from engine.track import Track
 from networks import Networks, load_net, own_networks
 from reward import AXES, Balancer, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
@@ -54,6 +55,7 @@ class Flags:
     teacher: str = ""  # with --wan: another, larger teacher; published: 14B, without it 1.3B
     videoalign: str = ""  # with --wan: a folder with the reward, see wan/videoalign.py
     resume: bool = False  # go on with the run in --out
+    track: str = "none"  # none | tensorboard | wandb: shows metrics.jsonl and the contact sheets as well
 
 
 @dataclass(kw_only=True)
@@ -69,6 +71,7 @@ class Run(Networks):
     student_opt: torch.optim.Optimizer
     critic_opt: torch.optim.Optimizer
     balancer: Balancer
+    track: Track | None  # of the first process
     step: int = 0
     best: float = -1.0
     bad: int = 0
@@ -321,14 +324,14 @@ def sheet(run: Run, name: str, net: nn.Module) -> None:
         many = video01.shape[1] > 32
         how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
         contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)), **how)
+        run.track.image(run.step, name, run.out / f"{name}.png")
 
 
 def log(run: Run, stats: dict, bar) -> None:
     if run.rank:
         return
-    stats = {"step": run.step} | {k: round(float(v), 6) for k, v in stats.items()}
-    with open(run.out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(stats) + "\n")
+    stats = {k: round(float(v), 6) for k, v in stats.items()}
+    run.track.scalars(run.step, stats)
     shown = ("dmd", "critic", *AXES, "ess", "held_out_direction")
     bar.set_postfix({k: f"{stats[k]:.2f}" for k in shown if k in stats}, refresh=False)
 
@@ -342,6 +345,7 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
         raise BadInput("the preset wan-1.3b, --wan=FOLDER and --data=FILE (prompts, one a line) go together")
     if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
         raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
+    track = None if rank else Track(flags.track, out, asdict(cfg), state["step"] if state else 0)
     if flags.wan:
         from wan.networks import wan_networks  # diffusers and transformers take seconds
 
@@ -356,7 +360,7 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
     student_opt = torch.optim.AdamW(nets.student.parameters(), lr=cfg.lr, **adam)
     critic_opt = torch.optim.AdamW(nets.critic.parameters(), lr=cfg.critic_lr, **adam)
-    run = Run(**vars(nets), cfg=cfg, out=out, rank=rank, world=world, source=source,
+    run = Run(**vars(nets), cfg=cfg, out=out, rank=rank, world=world, source=source, track=track,
               student_opt=student_opt, critic_opt=critic_opt, balancer=Balancer(cfg))  # fmt: skip
     if state:
         if state["step"] > cfg.steps:
@@ -366,9 +370,6 @@ def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
         facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
         text = json.dumps(asdict(cfg) | facts, indent=1)
         checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
-        rows = checkpoint.read_metrics(out) if state else []
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
-        checkpoint.write_atomically(out / "metrics.jsonl", lambda name: name.write_text(kept))
     return run
 
 
@@ -413,6 +414,8 @@ def finish(run: Run, flags: Flags) -> None:
         if run.folder:
             prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
             print(f'next: python sample.py {run.cfg.preset} --student={path} --prompt "{prompt}"', flush=True)
+    if run.track:
+        run.track.close()
     processes.stop()
 
 

@@ -35,7 +35,7 @@ import {names}
 
 
 def test_imports_without_what_windows_lacks():
-    """Catches a module or signal that only Unix has, asked for at import, and a script that reads the study."""
+    """Catches a module or signal of Unix alone that is read at import, and a script that reads the study."""
     imports(CORE, "assert not [name for name in sys.modules if name.startswith('study')]")
 
 
