@@ -405,7 +405,8 @@ def restore(run: Run, state: dict) -> None:
 
 def finish(run: Run, flags: Flags) -> None:
     if run.rank == 0 and run.step < run.cfg.steps:
-        print(f"stopped after step {run.step}; --resume goes on from there", flush=True)
+        after = "; the traceback below is torchrun's" * torch.distributed.is_torchelastic_launched()
+        print(f"stopped after step {run.step}; --resume goes on from there{after}", flush=True)
     elif run.rank == 0:
         path = run.out / "student.safetensors"
         sheet(run, "after", load_net(path, run.cfg, "student"))

@@ -54,7 +54,7 @@ def test_tensorboard_reads_what_was_tracked(tmp_path, picture):
 
 
 def records(path):
-    """A .wandb file: 7 bytes, then blocks of 32 KiB as in LevelDB, whose records are crc, length, kind, data."""
+    """A .wandb file: 7 bytes, then LevelDB's log: blocks of 32 KiB, records of crc, length, kind."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts = path.read_bytes(), 7, b""
