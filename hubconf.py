@@ -46,7 +46,8 @@ class Student:
         chunks = frames and math.ceil(frames / cfg.chunk)
         cache = RingCache(self.net, cfg, batch=1, dtype=self.net.patch_embedding.weight.dtype)
         call = CudaGraphs() if cfg.device == "cuda" else directly
-        for x in stream(self.net, text, cfg, [rng_for(seed, "sample", 0)], chunks, cache=cache, call=call):
+        rngs = [rng_for(seed, "sample", 0)]
+        for x in stream(self.net, text, cfg, rngs, chunks=chunks, cache=cache, call=call):
             video01 = decode(x)[0, :left].float().cpu()
             left = frames and left - len(video01)
             yield video01
