@@ -7,6 +7,7 @@ for video01 in student.stream("a red circle moving left slowly", seed=1):
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -42,12 +43,11 @@ class Student:
 
     @torch.no_grad()
     def _decoded(self, text: Tensor, seed: int, frames: int | None) -> Iterator[Tensor]:
-        cfg, decode, left = self.cfg, self.codec.stream(), frames
-        chunks = frames and math.ceil(frames / cfg.chunk)
+        cfg, decode, rngs = self.cfg, self.codec.stream(), [rng_for(seed, "sample", 0)]
         cache = RingCache(self.net, cfg, batch=1, dtype=self.net.patch_embedding.weight.dtype)
         call = CudaGraphs() if cfg.device == "cuda" else directly
-        rngs = [rng_for(seed, "sample", 0)]
-        for x in stream(self.net, text, cfg, rngs, chunks=chunks, cache=cache, call=call):
-            video01 = decode(x)[0, :left].float().cpu()
-            left = frames and left - len(video01)
+        parts = stream(self.net, text, cfg, rngs, cache=cache, call=call)
+        for x in islice(parts, frames and math.ceil(frames / cfg.chunk)):
+            video01 = decode(x)[0, :frames].float().cpu()
+            frames = frames and frames - len(video01)
             yield video01
