@@ -392,5 +392,5 @@ def cli(main: Callable[[], None]) -> None:
     try:
         main()
     except BadInput as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
