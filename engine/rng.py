@@ -18,9 +18,8 @@ def rng_for(*key: int | str) -> torch.Generator:
 def randn(rngs: list[torch.Generator], *shape: int, device=None) -> Tensor:
     """Standard normal noise (b *shape), sample i from generator i, whatever batch it is in."""
     x = torch.stack([torch.randn(shape, generator=g) for g in rngs])
-    if torch.device(device or "cpu").type == "cuda":
-        x = x.pin_memory()  # so that nobody waits for the copy
-    return x.to(device, non_blocking=True)
+    pinned = torch.device(device or "cpu").type == "cuda"  # so that nobody waits for the copy
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
 
 
 def pick(rng: torch.Generator, n: int) -> int:

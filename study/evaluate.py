@@ -39,7 +39,7 @@ class Flags:
     clips: int = 128  # held-out prompts
     noises: int = 3  # noise seeds
     stamp: bool = False  # write what was measured into the headers of the nets
-    out: str = "out/evaluation.json"
+    out: str = "out/evaluation.json"  # the same numbers as a file
     # of `study.evaluate table`
     methods: str = ""  # rows of study/compare.py, comma-separated; default all
     seeds: int = 5  # 0: only print what has been measured
