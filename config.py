@@ -311,11 +311,14 @@ def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str,
     return made, saved | theirs, flags(**ours) if flags else None
 
 
+_MACHINE = {"device": "auto", "threads": 0}  # what is chosen anew on another one
+
+
 def saved_settings(path: str) -> tuple[str, dict]:
     """A run's config.json → its preset, its method and where it departs from both. Raises BadInput."""
     try:
         text = Path(path).read_text()
-        made = replace(from_words(text), preset=json.loads(text)["preset"], device="auto")
+        made = replace(from_words(text), preset=json.loads(text)["preset"], **_MACHINE)
         plain = build(made.preset, {"method": made.method})
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise BadInput(f"--config={path} is no config.json of a run: {error}") from error

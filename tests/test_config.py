@@ -226,7 +226,7 @@ def test_help_is_short_and_of_the_preset_that_is_named(capsys):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_field_can_be_typed_back(name):
     """Catches a value that is typed in another way than it is read."""
-    cfg = build(name, {"method": "diagonal", "bf16": False, "denoise": (1.0, 0.3)})
+    cfg = build(name, {"method": "reward_forcing", "bf16": False, "denoise": (1.0, 0.3)})
     argv = [as_flag(k, v) for k, v in asdict(cfg).items() if k != "preset"]
     assert from_cli([name, *argv])[0] == cfg
 
@@ -234,7 +234,7 @@ def test_every_field_can_be_typed_back(name):
 @pytest.fixture
 def saved(tmp_path):
     """A run's config.json, as train.py writes it."""
-    cfg = build("small", {"method": "diagonal", "lr": 3e-4, "motion": 1.0, "device": "cpu"})
+    cfg = build("small", {"method": "diagonal", "lr": 3e-4, "motion": 1.0, "device": "cpu", "threads": 3})
     path = tmp_path / "config.json"
     path.write_text(json.dumps(asdict(cfg) | {"torch": "2.13", "world": 1, "origin": {"nets": "x"}}))
     return cfg, path
@@ -243,10 +243,10 @@ def saved(tmp_path):
 def test_saved_settings(saved):
     """Catches settings of a run that are lost, that win over what is typed, or that pin its machine."""
     cfg, path = saved
-    assert from_cli([f"--config={path}"])[0] == replace(cfg, device="auto")
-    assert from_cli(["small", f"--config={path}", "--device=cpu"])[0] == cfg
+    assert from_cli([f"--config={path}"])[0] == replace(cfg, device="auto", threads=0)
+    assert from_cli(["small", f"--config={path}", "--device=cpu", "--threads=3"])[0] == cfg
     typed = from_cli(["--steps=7", f"--config={path}", "--lr=1e-3"])[0]
-    assert typed == replace(cfg, device="auto", steps=7, lr=1e-3)
+    assert typed == replace(cfg, device="auto", threads=0, steps=7, lr=1e-3)
     other = from_cli([f"--config={path}", "--method=self_forcing"])[0]
     assert other == build("small", {"method": "self_forcing", "lr": 3e-4, "motion": 1.0})
 

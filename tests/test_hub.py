@@ -32,8 +32,8 @@ torch.save(parts, "parts.pt")
     assert all(x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1 for x in parts)
     flags = sample.Flags(prompt=[PROMPT], seed=3, frames=10)
     cfg, net, codec, read = sample.open_networks("tiny", {"device": "cpu"}, flags)
-    texts = sample.schedule(flags, cfg, read, 0)
-    frames = torch.cat(list(sample.decoded(net, codec, texts, cfg, flags, (), directly, [])))[:10]
+    parts_there = sample.decoded(net, codec, {0: read(PROMPT)}, cfg, flags, (), directly, [])
+    frames = torch.cat(list(parts_there))[:10]
     assert torch.equal(torch.cat(parts), frames)
 
 
