@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
-from config import PLAIN, BadInput, Config, as_flag, build, cli, read_cli
+from config import METHODS, BadInput, Config, as_flag, build, cli, read_cli
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
 from engine.rng import rng_for
@@ -185,8 +185,8 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
 def training(preset: str, typed: dict, flags: Flags) -> list[dict]:
     """Medians of metrics.jsonl's `seconds` over alternating short runs of train.py, first steps left out."""
     method = build(preset, typed).method
-    plain = {"method": "stream_r1"} | PLAIN
-    methods = {"plain, the same cache": typed | plain, method: typed | {"method": method}}
+    plain = typed | METHODS["windowed"] | {"method": "windowed"}
+    methods = {"plain, the same cache": plain, method: typed | {"method": method}}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     script, nets = Path(__file__).with_name("train.py"), [f"--nets={flags.nets}"] * bool(flags.nets)
     for _, (name, fields) in product(range(flags.rounds), methods.items()):

@@ -69,8 +69,6 @@ class Config:
     method: str = "stream_r1"  # whose settings: it decides some of what follows; a field that is typed wins
     beta: float = 0.5  # rollout weight exp(beta * reward); 0 = plain DMD; published: 2.0
     axes: tuple[str, ...] = ("VQ", "MQ", "TA")  # reward axes in use
-    weight: Literal["exp", "softmax"] = "exp"  # softmax: over the global batch
-    weight_cap: float = 0.0  # largest rollout weight; 0 = none
     group: int = 1  # rollouts per prompt; above 1 the reward is relative to the prompt's mean
     balance: Literal["none", "penalty", "axis_weights"] = "penalty"  # penalty: the paper's
     balance_strength: float = 0.5  # lambda of the penalty
@@ -84,8 +82,6 @@ class Config:
     released_patch_order: bool = False  # scramble the spatial map as the released code does
     released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
-    steer: float = 0.0  # ours: size of the reward's gradient, through the teacher, beside DMD's
-    steer_from: float = 0.7  # noise level from which it acts: where layout and motion are still open
     tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
@@ -134,7 +130,7 @@ class Config:
         check("sink", (self.sink == 0) == (self.sink_mode == "none"), "0 exactly when sink_mode=none")
         check("sink", self.sink_mode != "ema" or self.sink == 1, "1 when sink_mode=ema")
         check("sink_decay", self.sink_decay <= 1, "within [0, 1]")
-        for name in ("beta1", "beta2", "context_t", "ema", "steer_from"):
+        for name in ("beta1", "beta2", "context_t", "ema"):
             check(name, getattr(self, name) < 1, "within [0, 1)")
         check("time_freqs", self.time_freqs % 2 == 0, "an even number")
         check("objects", bool(self.data) or self.objects <= 8, "1 to 8, one a colour")
@@ -145,15 +141,13 @@ class Config:
         own = self.taper in ("5432", "432") and grid != Config.denoise
         check("denoise", not own, f"none with taper={self.taper}, which has noise levels of its own")
         check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
-        alone = self.batch == self.accumulate and (self.weight == "softmax" or self.tilt > 0)
-        check("accumulate", not alone, "less than batch with --weight=softmax or --tilt, which compare clips")
+        alone = self.batch == self.accumulate and self.tilt > 0
+        check("accumulate", not alone, "less than batch with --tilt, which compares clips")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
         enough = bool(self.data) or self.text_length > 4 * self.objects
         check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
-        local = self.time_stride == 1 or not self.steer
-        check("steer", local, "0 with Wan's codec: the way back through it alone takes 112 GB")
         even = not any(size // self.stride % 2 for size in (self.height, self.width))
         check("released_patch_order", even or not self.released_patch_order, "with even latent sizes")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
@@ -161,7 +155,7 @@ class Config:
     @property
     def weighted(self) -> bool:
         """Whether a reward takes part."""
-        return bool(self.beta or self.space or self.time or self.tilt or self.steer)
+        return bool(self.beta or self.space or self.time or self.tilt)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -203,8 +197,8 @@ class Config:
 
 
 _MAY_BE_ZERO = (
-    "codec_noise codec_straight window sink sink_decay context_t beta weight_cap balance_strength "
-    "threads floor_space floor_time motion steer steer_from tilt seed beta1 beta2 ema t_min critic_warmup"
+    "codec_noise codec_straight window sink sink_decay context_t beta balance_strength "
+    "threads floor_space floor_time motion tilt seed beta1 beta2 ema t_min critic_warmup"
 ).split()
 
 
@@ -223,17 +217,15 @@ PRESETS: dict[str, Config] = {
     ),
 }  # fmt: skip
 
-PLAIN = dict(beta=0.0, space=False, time=False, balance="none")
+_PLAIN = dict(beta=0.0, space=False, time=False, balance="none")
 METHODS: dict[str, dict] = {
-    "self_forcing": dict(PLAIN, window=0, sink=0, sink_mode="none"),
+    "windowed": dict(_PLAIN),  # plain DMD with the same cache and no extra technique
+    "self_forcing": dict(_PLAIN, window=0, sink=0, sink_mode="none"),
     "reward_forcing": dict(space=False, time=False, balance="none", axes=("MQ",)),
     "stream_r1": {},
-    "diagonal": dict(PLAIN, taper="5432", context="none", motion=4.0),
-    "first_chunk_more": dict(PLAIN, taper="first"),
-    "tilted": dict(PLAIN, tilt=6.0),
-    "steered": dict(PLAIN, steer=5.0, guidance=3.0),
-    "nudged": dict(PLAIN, steer=1.5, guidance=3.0, lr=1e-4),
-    "combined": dict(PLAIN, steer=1.5, guidance=3.0, motion=4.0),
+    "diagonal": dict(_PLAIN, taper="5432", context="none", motion=4.0),
+    "first_chunk_more": dict(_PLAIN, taper="first"),
+    "tilted": dict(_PLAIN, tilt=6.0),
 }
 
 
@@ -388,6 +380,13 @@ def from_words(text: str, typed: dict | None = None) -> Config:
         what = f"method={typed['method']} is not possible with weights of {method}"
         raise BadInput(f"{what}; type the fields it stands for (config.py), such as --taper or --context")
     return Config(**(made | typed))
+
+
+def as_flag(name: str, value) -> str:
+    """A Config field as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def cli(main: Callable[[], None]) -> None:

@@ -133,22 +133,19 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
     """Rewards (b,) of the global batch → weights (b,), without gradient.
 
     group > 1: neighbours in the batch share a prompt, and only what a rollout has over their mean counts:
-    good rollouts are weighted, not easy prompts. weight=softmax: mean 1 over the batch. A reward that is not
-    finite has no finite weight: train.py drops and counts its rollout.
+    good rollouts are weighted, not easy prompts. A reward that is not finite has no finite weight: train.py
+    drops and counts its rollout.
     """
     r = r.detach()
     if cfg.group > 1:
         r = rearrange(r, "(p k) -> p k", k=cfg.group)
         r = (r - r.nanmean(1, keepdim=True)).flatten()
-    if cfg.weight == "softmax":
-        w = _softmax(cfg.beta * r)
-    else:
-        w = (cfg.beta * r).exp()
-    return w.clamp(max=cfg.weight_cap) if cfg.weight_cap else w
+    return (cfg.beta * r).exp()
 
 
 def tilt_weight(r: Tensor, tilt: float) -> Tensor:
-    """Rewards (b,) of the global batch → the critic's weights (b,) ∝ exp(-tilt r), mean 1 over finite ones.
+    """Rewards (b,) of the global batch → the critic's weights (b,) ∝ exp(-tilt r), mean 1 over finite ones,
+    nan for the others.
 
     Ours. Weights on the student's gradient leave its fixed point where it was: wherever the scores of student
     and teacher agree, the gradient vanishes, whatever it is multiplied by. A critic that learns the student's
@@ -156,13 +153,8 @@ def tilt_weight(r: Tensor, tilt: float) -> Tensor:
     teacher's, p_student ∝ p_teacher exp(tilt r): where exp(reward) weighting is meant to lead. That is for a
     student that can get there and for large batches: in one of n no weight exceeds n, so the tilt is milder.
     """
-    return _softmax(-tilt * r)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """(b,) → weights of mean 1 over the finite ones; nan for the others."""
-    sane = logits.isfinite()
-    return torch.where(sane, sane.sum() * logits.masked_fill(~sane, -torch.inf).softmax(0), torch.nan)
+    sane = r.isfinite()
+    return torch.where(sane, sane.sum() * (-tilt * r).masked_fill(~sane, -torch.inf).softmax(0), torch.nan)
 
 
 def effective_share(w: Tensor) -> float:

@@ -17,8 +17,6 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from config import Config
-from model import add_noise, to_x0
-from reward import AXES
 
 
 def reward_saliency(reward, video01: Tensor, about, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,30 +34,6 @@ def reward_saliency(reward, video01: Tensor, about, seen: Tensor | None = None) 
         nearest = seen[(frames[:, None] - seen).abs().argmin(1)]
         saliency = saliency[:, :, nearest.to(saliency.device)]
     return scores.detach(), saliency
-
-
-def reward_ascent(teacher, codec, reward, x, text, about, t, noise, cfg: Config) -> Tensor:
-    """Latents x, noise (b f c h w), t (b f) → the way to more reward, like x, mean size 1 per sample;
-    zero below the noise level cfg.steer_from; no gradient.
-
-    Ours. At noise level t, p_teacher exp(reward) has the teacher's score plus ∇ log E[exp(reward) | x_t]; the
-    reward of the teacher's estimate x̂_T(x_t), unguided, stands for the expectation (as in Chung et al. 2023,
-    diffusion posterior sampling). ∂x̂_T/∂x_t keeps to the ways in which clips differ from each other; ∂r/∂x
-    alone costs looks (docs/log.md). Only the direction is kept: Σ_s softmax(-r / T)_s of the axes'
-    gradients, each of mean size 1, as their maps are put together. g - steer * ascent leads to more reward.
-    """
-    axes = [AXES.index(a) for a in cfg.axes]
-    with torch.enable_grad():
-        xt = add_noise(x.detach(), noise, t).requires_grad_()
-        x0 = to_x0(teacher(xt, t, text)[0].float(), xt, t)
-        scores = reward(codec.decode(x0), about)[:, axes]
-        grads = [torch.autograd.grad(r, xt, retain_graph=True)[0] for r in scores.sum(0)]
-    grads = torch.stack(grads, dim=1)  # (b s f c h w)
-    a = (-scores.detach() / cfg.fuse_temperature).softmax(1)
-    each = grads / reduce(grads.abs(), "b s f c h w -> b s 1 1 1 1", "mean").clamp(min=1e-12)
-    up = (rearrange(a, "b s -> b s 1 1 1 1") * each).sum(1)
-    up = up / reduce(up.abs(), "b f c h w -> b 1 1 1 1", "mean").clamp(min=1e-12)
-    return torch.where(rearrange(t >= cfg.steer_from, "b f -> b f 1 1 1"), up, 0.0)
 
 
 def to_latent_grid(saliency: Tensor, h: int, w: int, time_stride: int = 1) -> Tensor:

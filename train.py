@@ -8,8 +8,8 @@
 A step is one student update followed by `critic_steps` critic updates. Every random draw is a function of
 (seed, purpose, step, sample), so a resumed run equals an uninterrupted one and two processes equal one.
 
-simplified: gradients are averaged by one all-reduce, without overlap; with --accumulate, softmax weights and
-a tilt compare the clips of one micro-batch (over all processes), and the balance sees one after another.
+simplified: gradients are averaged by one all-reduce, without overlap; with --accumulate, a tilt compares
+the clips of one micro-batch (over all processes), and the balance sees one after another.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -37,7 +37,7 @@ from engine.track import Track
 from networks import Networks, load_net, own_networks
 from reward import AXES, Balancer, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
-from saliency import intra_weight, reward_ascent, reward_saliency, to_latent_grid
+from saliency import intra_weight, reward_saliency, to_latent_grid
 from world.measure import ACCURACIES, measure
 from world.scene import World
 from world.words import caption
@@ -130,10 +130,6 @@ def update_student(run: Run, step: int) -> dict[str, float]:
             g, finite = dmd_gradient(x, text, run.null, run.teacher, run.critic, t, noise, cfg.guidance,
                                      cfg.motion)  # fmt: skip
             stats["dmd"] = g.abs().mean()
-            if cfg.steer:
-                up = reward_ascent(run.teacher, run.codec, run.reward, x.nan_to_num(), text, about, t, noise,
-                                   cfg)  # fmt: skip
-                g, finite = g - cfg.steer * up, finite & up.isfinite().flatten(1).all(1)
         w = w.expand(len(x), -1, -1, -1, -1)
         finite = finite & w.isfinite().flatten(1).all(1)  # a reward may fail where the clip is fine
         if processes.may(finite.any(), cfg):

@@ -219,7 +219,8 @@ def learn_mean(beta: float, sigma: float, start: float = -1.0) -> float:
         g, _ = dmd_gradient(
             x, text, text[:1], gaussian(2.0, 1.0), gaussian(mu.detach(), sigma), t, noise, 1.0
         )
-        w = rollout_weight(x.detach().mean((1, 2, 3, 4)), Config(beta=beta, weight="softmax"))
+        w = rollout_weight(x.detach().mean((1, 2, 3, 4)), Config(beta=beta))
+        w = w / w.mean()  # so that the step is as long with every beta
         (grad,) = torch.autograd.grad(dmd_loss(x, g, w[:, None, None, None, None]), mu)
         mu = (mu - 0.1 * grad).detach().requires_grad_()
     return float(mu.detach())

@@ -7,7 +7,7 @@ import torch
 
 from config import Config
 from reward import RewardModel
-from saliency import factorise, fuse_axes, intra_weight, reward_ascent, reward_saliency, to_latent_grid
+from saliency import factorise, fuse_axes, intra_weight, reward_saliency, to_latent_grid
 
 FRAMES, H, W, CELL = 4, 3, 5, 8  # of the latent; nothing is square, so that swapped axes do not pass
 PIXELS = (FRAMES, 3, H * CELL, W * CELL)
@@ -208,60 +208,3 @@ def test_a_blind_reward_gives_ones():
     """Catches a crash or a NaN on a reward that has no gradient anywhere."""
     w = weights(lambda video01, text: 0 * video01.mean((2, 3, 4))[:, :3], uniform(0, 2, *PIXELS))
     assert torch.equal(w, torch.ones_like(w))
-
-
-# -- with its sign -----------------------------------------------------------------------------------------
-
-
-class Halved:
-    """A codec that changes sizes: pixels are latents times two."""
-
-    def decode(self, x):
-        return 2 * x
-
-
-def backwards(xt, t, text):
-    """A teacher whose estimate is the noisy clip, last frame first."""
-    return (xt - xt.flip(1)) / t[..., None, None, None], []
-
-
-@pytest.mark.parametrize("axes", [("VQ", "MQ", "TA"), ("TA", "VQ")])
-def test_ascent_is_the_closed_form(axes):
-    """For rewards that are linear in the pixels: directions of mean size 1, through the teacher, joined by
-    softmax(-r / T) of what it sees; nothing below `steer_from`."""
-    cfg = replace(Config(), axes=axes, fuse_temperature=0.3, steer_from=0.5)
-    d, x, noise = uniform(0, 3, *PIXELS) - 0.3, uniform(1, 3, *PIXELS), uniform(2, 3, *PIXELS)
-    d = d * torch.tensor([1.0, 50.0, 0.1]).view(3, 1, 1, 1, 1)  # axes of unlike scales
-    t = torch.tensor([0.5, 0.9, 0.49])[:, None].expand(-1, FRAMES)
-
-    def reward(video01, about):
-        return torch.einsum("bfchw,sfchw->bs", video01, d) / 100
-
-    up = reward_ascent(backwards, Halved(), reward, x, None, None, t, noise, cfg)
-    own = [("VQ", "MQ", "TA").index(a) for a in axes]
-    xt = x + t[..., None, None, None] * (noise - x)
-    a = (-reward(2 * xt.flip(1), None)[:, own] / 0.3).softmax(1)
-    each = (d / d.abs().mean((1, 2, 3, 4), keepdim=True))[own].flip(1)
-    expected = torch.einsum("bs,sfchw->bfchw", a, each)
-    expected = expected / expected.abs().mean((1, 2, 3, 4), keepdim=True)
-    torch.testing.assert_close(up[:2], expected[:2], atol=1e-4, rtol=1e-4)
-    assert not up[2].any() and not up.requires_grad
-
-
-def test_a_step_along_the_ascent_pays():
-    """The teacher then sees a clip of more reward in the noise; samples do not see each other."""
-    torch.manual_seed(0)
-    cfg = Config()
-    reward = RewardModel(cfg).eval()
-    x, text = uniform(0, 4, *PIXELS) / 2, uniform(1, 4, cfg.text_length, cfg.text_width)
-    t = torch.ones(4, FRAMES)  # x_t is the noise
-    up = reward_ascent(backwards, Halved(), reward, 0 * x, text, text, t, x, cfg)
-    seen = [(2 * (x + s * up).flip(1)).clamp(0, 1) for s in (0.0, 1e-3, -1e-3)]
-    with torch.no_grad():
-        before, after, down = (reward(video01, text) for video01 in seen)
-    a = (-before).softmax(1)
-    assert ((a * after).sum(1) > (a * before).sum(1)).all()
-    assert ((a * down).sum(1) < (a * before).sum(1)).all()
-    parts = zip(*(a.split(1) for a in (0 * x, text, text, t, x)), strict=True)
-    each = [reward_ascent(backwards, Halved(), reward, *part, cfg) for part in parts]
-    torch.testing.assert_close(up, torch.cat(each), atol=1e-4, rtol=1e-4)

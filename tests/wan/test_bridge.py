@@ -148,7 +148,6 @@ BAD = {
     "wrong folder": (["--wan=/nowhere"], "no weights at /nowhere"),
     "wrong size": (["--layers=3"], "Missing key"),
     "a mark": (["--data=MARK"], "the mark of a special token"),
-    "steered": (["--method=steered"], "steer=5.0 is not possible"),
     "empty prompts": (["--data=EMPTY"], "holds no prompt"),
 }
 

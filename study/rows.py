@@ -1,0 +1,103 @@
+"""Which trainings are compared: a row is a name for a handful of Config fields, with a row to compare it with.
+
+A row differs from its `reference` in the technique it is about and in nothing else, so that a difference
+between the two says what this technique does.
+"""
+
+from config import METHODS, BadInput, build
+
+BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view; with window and EMA sink
+_RF, _SR1, _DIAGONAL, _PLAIN, _TILTED = (
+    {"method": name} for name in ("reward_forcing", "stream_r1", "diagonal", WINDOWED, "tilted")
+)
+_TWO_STEPS = {"denoise": (1.0, 0.5)}
+ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
+    # Reward Forcing's parts: the sink, its decay, its precision
+    "reward_forcing-no_sink": _RF | {"sink": 0, "sink_mode": "none"},
+    "reward_forcing-static_sink": _RF | {"sink_mode": "static"},
+    "reward_forcing-ema.9": _RF | {"sink_decay": 0.9},
+    "reward_forcing-ema.999": _RF | {"sink_decay": 0.999},
+    "reward_forcing-ema.999_bf16": _RF | {"sink_decay": 0.999, "sink_dtype": "bf16"},
+    # Stream-R1's parts; penalty and axis weights with a history short enough to act in a short run
+    "stream_r1-inter": _PLAIN | {"beta": 0.5},
+    "stream_r1-space": _PLAIN | {"space": True},
+    "stream_r1-space_scrambled": _PLAIN | {"space": True, "released_patch_order": True},
+    "stream_r1-time": _PLAIN | {"time": True},
+    "stream_r1-time_space": _PLAIN | {"time": True, "space": True},
+    "stream_r1-unbalanced": _SR1 | {"balance": "none"},
+    "stream_r1-penalty10": _SR1 | {"balance_window": 10},
+    "stream_r1-axis_weights10": _SR1 | {"balance": "axis_weights", "balance_window": 10},
+    "stream_r1-group4": _SR1 | {"group": 4},
+    "stream_r1-one_weight": _SR1 | {"released_weight": True},
+    "stream_r1-kv_grad": _SR1 | {"kv_grad": True},
+    # Diagonal Distillation's parts
+    "diagonal-432": _DIAGONAL | {"taper": "432", "motion": 0.2},
+    "diagonal-taper": _DIAGONAL | {"motion": 0.0, "context": "clean"},
+    "diagonal-no_refresh": _DIAGONAL | {"motion": 0.0, "taper": "uniform"},
+    "diagonal-motion": _DIAGONAL | {"motion": 0.2, "taper": "uniform", "context": "clean"},
+    "diagonal-motion0": _DIAGONAL | {"motion": 0.0},
+    "diagonal-motion.2": _DIAGONAL | {"motion": 0.2},
+    "diagonal-motion1": _DIAGONAL | {"motion": 1.0},
+    # ours: a tilted critic and all of Stream-R1 on top
+    "tilted-stream_r1": _SR1 | {"tilt": 6.0},
+    # two denoising steps, where there is more to gain
+    "windowed-2steps": _PLAIN | _TWO_STEPS,
+    "stream_r1-2steps": _SR1 | _TWO_STEPS,
+    "tilted-2steps": _TILTED | _TWO_STEPS,
+    "windowed-2steps-guidance3": _PLAIN | _TWO_STEPS | {"guidance": 3.0},
+    # the teacher's guidance; with half the learning rate; with an average that follows faster
+    "windowed-guidance3": _PLAIN | {"guidance": 3.0},
+    "windowed-guidance3-slow": _PLAIN | {"guidance": 3.0, "lr": 1e-4},
+    "windowed-guidance3-ema.95": _PLAIN | {"guidance": 3.0, "ema": 0.95},
+    "stream_r1-guidance3-ema.95": _SR1 | {"guidance": 3.0, "ema": 0.95},
+    # what later chunks see, in training and in sampling
+    **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
+    "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
+}
+CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where students of the base and of the context rows are sampled
+# objects in a clip: what makes it so, and the nets of this world
+WORLDS = {"one": ({}, "assets/tiny"), "two": ({"objects": 2, "text_length": 9}, "assets/two")}
+STEPS = 100  # of every row
+
+
+def fields_of(name: str, world: str, typed: dict) -> dict:
+    """Everything of a row's Config that is not the default."""
+    return ROWS[name] | {"steps": STEPS} | WORLDS[world][0] | typed
+
+
+def reference(row: str) -> str:
+    """The row that a row is compared with: the same cache and guidance without the row's own technique; other
+    guidance with the usual one, other sinks with the EMA sink, weights of the motion term beside a taper with
+    none."""
+    cfg = build("tiny", ROWS[row])
+    if row.startswith("reward_forcing-"):
+        return "reward_forcing"
+    if row in ("diagonal-motion.2", "diagonal-motion1"):
+        return "diagonal-motion0"
+    if not cfg.window:
+        return BASE
+    plain = build("tiny", _PLAIN | {"denoise": cfg.denoise, "guidance": cfg.guidance})
+    plain = build("tiny", _PLAIN | {"denoise": cfg.denoise}) if cfg == plain else plain
+    return next(name for name in ROWS if build("tiny", ROWS[name]) == plain)
+
+
+def rows_named(names: str, typed: dict) -> list[str]:
+    """Comma-separated names (empty: all rows) → row names, each after the row it is compared with. Raises
+    BadInput, also for a typed field that a row is made of."""
+    wanted = [name for name in names.split(",") if name] or list(ROWS)
+    for name in wanted:
+        if name not in ROWS:
+            raise BadInput(f"--methods: {name!r} is not possible; allowed: {' '.join(ROWS)}")
+    wanted = list(dict.fromkeys([BASE, WINDOWED, *map(reference, wanted), *wanted]))
+    for name in wanted:
+        own = {"seed"} | ROWS[name].keys() | METHODS[ROWS[name]["method"]].keys()
+        if clash := own & typed.keys():
+            raise BadInput(f"--{min(clash)} is part of what the row {name!r} stands for; leave it out")
+    return wanted
+
+
+def world_named(name: str) -> str:
+    """Raises BadInput."""
+    if name not in WORLDS:
+        raise BadInput(f"--world={name} is not possible; allowed: {' | '.join(WORLDS)}")
+    return name
