@@ -1,13 +1,14 @@
-"""The table: what teacher, causal start and student are worth on held-out prompts, with 95 % intervals.
+"""How good are the nets, and does a method help? Measures on held-out prompts, with 95 % intervals.
 
     python -m study.evaluate                                   # the shipped nets
     python -m study.evaluate --student=out/train/student.safetensors --clips=64
-    python -m study.evaluate --nets=out/pretrain --stamp   # scores into their headers
-    python -m study.evaluate table --methods=self_forcing,stream_r1 --seeds=5      # train, measure, compare
-    python -m study.evaluate table --clips=1024 --results=out/1024    # what --runs holds is not trained again
+    python -m study.evaluate --nets=out/pretrain --stamp       # scores into their headers
+    python -m study.evaluate table --seeds=0                   # the comparison of methods: print study/results.csv
+    python -m study.evaluate table --seeds=0 --world=two       # with two objects; --clips=1024: more prompts
+    python -m study.evaluate table --methods=stream_r1 --seeds=5 --results=out/mine.csv      # train and measure
 
-The table adds VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above the
-real clips of the first row would have fooled the reward that trained it.
+The first three add VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above
+the real clips of the first row would have fooled the reward that trained it.
 """
 
 import json
@@ -19,14 +20,17 @@ import torch
 from torch import Tensor
 
 from codec import Codec
-from config import ROOT, BadInput, Config, build, cli, from_words, read_cli
+from config import PRESETS, ROOT, BadInput, Config, build, cli, from_words, read_cli
 from engine.checkpoint import annotate, read_header, writable_folder, write_atomically
 from engine.processes import pick_device
 from engine.rng import rng_for
 from networks import load_net
 from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
-from study import compare
+from study import results
+from study.compare import compare
+from study.rows import ROWS, rows_named, world_named
+from study.tables import LEGEND, crossed, extra, interval, markdown, over_time
 from world.measure import measure, three_axes
 from world.scene import World
 from world.words import caption, tokenize
@@ -36,16 +40,17 @@ from world.words import caption, tokenize
 class Flags:
     nets: str = ""  # folder with codec, reward, teacher, causal, perhaps stream_r1; default assets/<preset>
     student: str = ""  # one student instead of the shipped nets
-    clips: int = 128  # held-out prompts
+    clips: int = 0  # held-out prompts; default 128, of the table 256
     noises: int = 3  # noise seeds
     stamp: bool = False  # write what was measured into the headers of the nets
     out: str = "out/evaluation.json"  # the same numbers as a file
     # of `study.evaluate table`
-    methods: str = ""  # rows of study/compare.py, comma-separated; default all
+    methods: str = ""  # rows of study/rows.py, comma-separated; default all
     seeds: int = 5  # 0: only print what has been measured
     shown: tuple[int, ...] = ()  # print these seeds alone; default all
-    against: str = ""  # the row all others are held against, by seeds both have; default: their controls
-    results: Path = ROOT / "results"  # one JSON file a run
+    world: str = "one"  # objects in a clip: one | two
+    against: str = ""  # the row all others are compared with, by seeds both have; default: their controls
+    results: Path = ROOT / "study/results.csv"  # read, and appended to
     runs: Path = Path("out/table")  # what training leaves
 
 
@@ -77,28 +82,36 @@ def score(net, codec: Codec, reward: RewardModel, cfg: Config, flags: Flags, how
 
 
 def table_of_methods(typed: dict, flags: Flags) -> None:
-    """Train and measure what is missing, then print the table (study/compare.py)."""
+    """Train and measure what is missing (study/compare.py), then print the tables (study/tables.py)."""
+    flags = replace(flags, clips=flags.clips or 256)
     if not 0 <= flags.seeds <= 10 or flags.clips < 2:
         raise BadInput(f"seeds={flags.seeds} clips={flags.clips} is not possible; allowed: 0 to 10, from 2")
-    if flags.against not in ("", *compare.ROWS):
-        raise BadInput(f"--against={flags.against} is not possible; allowed: {' '.join(compare.ROWS)}")
-    names = compare.rows_named(f"{flags.methods},{flags.against}" if flags.methods else "", typed)
+    if flags.against not in ("", *ROWS):
+        raise BadInput(f"--against={flags.against} is not possible; allowed: {' '.join(ROWS)}")
+    names = rows_named(f"{flags.methods},{flags.against}" if flags.methods else "", typed)
+    world_named(flags.world)
     if flags.seeds:
-        compare.compare(names, typed, replace(flags, nets=Path(flags.nets or ROOT / "assets/tiny")))
-    table = compare.load_results(flags.results, names, flags.shown)
+        compare(names, typed, flags)
+    table = results.load(flags.results, flags.world, flags.clips, names, flags.shown)
+    where = f"{flags.results} holds no runs with --world={flags.world} --clips={flags.clips} of"
     if not table:
-        raise BadInput(f"{flags.results} holds no runs of these rows; --seeds=1 or more makes some")
+        raise BadInput(f"{where} these rows; --seeds=1 or more makes some")
     if flags.against and flags.against not in table:
-        raise BadInput(f"{flags.results} holds no runs of --against={flags.against}; --seeds=1 makes one")
-    held_out = (compare.over_time(table, name) for name in ("jitter", "shape", "speed"))
-    drifts = (compare.crossed(table, f"{name}_drift") for name in ("contrast", "saturation"))
-    print(compare.markdown(table, flags.against), *held_out, *drifts, sep="\n\n")
+        raise BadInput(f"{where} --against={flags.against}; --seeds=1 makes one")
+    held_out = [over_time(table, name) for name in ("jitter", "shape", "speed")]
+    drifts = [crossed(table, name) for name in ("contrast", "saturation")]
+    print(*filter(None, [markdown(table, flags.against), *held_out, *drifts]), sep="\n\n")
 
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
+    extra("scipy.stats")
     if preset == "table":
         return table_of_methods(typed, flags)
+    if preset not in PRESETS:
+        allowed = f"table, or the nets of {' | '.join(PRESETS)}"
+        raise BadInput(f"study.evaluate {preset} is not possible; allowed: {allowed}")
+    flags = replace(flags, clips=flags.clips or 128)
     device = pick_device(build(preset, typed))
     nets = Path(flags.nets or ROOT / "assets" / preset)
     jobs = [("codec", "real"), ("teacher", "teacher"), ("causal", "within")]
@@ -116,6 +129,7 @@ def main() -> None:
     out, table = Path(flags.out), {}
     writable_folder(str(out.parent))
     headers = {name: read_header(path) for name, path in paths.items()}
+    print(LEGEND)
     for name, how in jobs:
         label, header = f"{name}, {how}", headers[name]
         made = from_words(header["config"], typed | {"device": device})
@@ -127,7 +141,7 @@ def main() -> None:
         net = load_net(paths[name], made, header["kind"])
         measured = score(net, codec, reward, made, flags, how)
         # one prompt's noises are not independent, so the intervals are over prompts
-        table[label] = {k: compare.interval(v.nanmean(0)) for k, v in measured.items()}
+        table[label] = {k: interval(v.nanmean(0)) for k, v in measured.items()}
         cells = " ".join(f"{k} {m:.3f}±{h:.3f}" for k, (m, h) in table[label].items())
         print(f"{label:24} {cells}", flush=True)
         if flags.stamp:

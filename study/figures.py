@@ -1,18 +1,20 @@
-"""Pictures: contact sheets, curves of a run, and the saliency overlay, drawn with Pillow.
+"""Pictures of a run, of the rewards' weights, and of the comparison of methods.
 
-python -m study.figures curves --run=out/train   metrics.jsonl → out/train/curves.png
-python -m study.figures saliency --prompt "a red circle moving left slowly"   → out/saliency.png
-python -m study.figures weights --clips=512   do weights go where errors are? → out/weights.png
-python -m study.figures table --results=results   what study.evaluate table has measured → out/table.png
-python -m study.figures methods --runs=out/table   what its students draw, early and late → out/methods.png
+    python -m study.figures curves --run=out/train   metrics.jsonl → out/train/curves.png
+    python -m study.figures saliency --prompt "a red circle moving left slowly"   → out/saliency.png
+    python -m study.figures weights --clips=512      do weights go where errors are? → out/weights.png
+    python -m study.figures table                    what study/results.csv holds → out/table.png
+    python -m study.figures methods --runs=out/table students of the comparison, early and late → out/methods.png
+
+Curves, bars and intervals need matplotlib (the extra `study`); contact sheets do not.
 """
 
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from config import ROOT, BadInput, Config, cli, from_words, read_cli
@@ -24,35 +26,77 @@ from networks import load_net
 from reward import AXES, RewardModel
 from rollout import rollout, stream
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
-from study import compare
+from study import results
+from study.compare import FAR
+from study.rows import reference, rows_named, world_named
+from study.tables import extra, gains, interval
 from study.weights import GROUPS, by_weight, weights_and_errors
 from world.words import tokenize
 
+BLUE, ORANGE, GREY = "#1f4e9c", "#c8501e", "#8a8a8a"
+
+
+def canvas(rows: int, columns: int, height: float, **how):
+    """A white page 780 pixels wide, its `rows` x `columns` panels `height` inches high → figure, panels.
+    Letters are large enough to be read on a phone, at half of that width. Raises BadInput."""
+    extra("matplotlib").use("Agg")
+    pyplot = extra("matplotlib.pyplot")
+    pyplot.rcParams.update({"font.size": 14, "axes.titlesize": 15, "axes.spines.top": False,
+                            "axes.spines.right": False, "savefig.dpi": 100})  # fmt: skip
+    return pyplot.subplots(rows, columns, figsize=(7.8, rows * height), layout="constrained", **how)
+
+
+def finish(figure, path: Path) -> None:
+    write_atomically(path, lambda name: figure.savefig(name))
+    extra("matplotlib.pyplot").close(figure)
+
+
 # -- curves ----------------------------------------
-CURVES = ("dmd", "critic", *AXES, "ess", "held_out_shape", "held_out_speed", "held_out_jitter")
+CURVES = {
+    "held_out_shape": ("held out: right shape", "share of objects"),
+    "held_out_speed": ("held out: right speed", "share of objects"),
+    "held_out_jitter": ("held out: jitter", "pixels"),
+    "held_out_sharpness": ("held out: sharpness", "1 = sharp"),
+    "VQ": ("reward: visual quality", "VQ"),
+    "MQ": ("reward: motion quality", "MQ"),
+    "TA": ("reward: text alignment", "TA"),
+    "dmd": ("DMD gradient", "mean size"),
+    "critic": ("critic's loss", "mean square"),
+    "ess": ("effective sample size", "share of batch"),
+}
+
+
+def smoothed(y: np.ndarray) -> np.ndarray:
+    """(n,) → means over windows of a fifth of the run, shorter at both ends."""
+    reach = len(y) // 10
+    return np.array([y[max(0, i - reach) : i + reach + 1].mean() for i in range(len(y))])
 
 
 def curves(run: Path) -> None:
-    """One small panel per quantity of metrics.jsonl, step on the x axis, its range written at the left."""
+    """A panel per quantity of metrics.jsonl over steps: what is measured on held-out prompts comes first; of
+    noisy quantities the points are faint and a smoothed line is drawn."""
     if not (rows := read_metrics(run)):
         raise BadInput(f"no {run}/metrics.jsonl with a step in it; a run of train.py writes it")
-    panels = [k for k in CURVES if sum(k in row for row in rows) > 1]
-    w, h, columns = 260, 120, 3
-    image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) or h), "white")
-    draw = ImageDraw.Draw(image)
-    for i, name in enumerate(panels):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        left, top = i % columns * w, i // columns * h
-        low, high = min(y for _, y in points), max(y for _, y in points)
-        draw.text((left + 40, top + 2), f"{name}  {points[-1][1]:.3g}", fill="black")
-        draw.text((left + 2, top + 16), f"{high:.3g}", fill="grey")
-        draw.text((left + 2, top + h - 20), f"{low:.3g}", fill="grey")
-        draw.rectangle((left + 38, top + 16, left + w - 8, top + h - 8), outline="lightgrey")
-        across, span = points[-1][0] - points[0][0] or 1, high - low or 1
-        xs = [left + 40 + (x - points[0][0]) / across * (w - 52) for x, _ in points]
-        ys = [top + h - 10 - (y - low) / span * (h - 30) for _, y in points]
-        draw.line(list(zip(xs, ys, strict=True)), fill=(30, 90, 200), width=2)
-    write_atomically(run / "curves.png", lambda name: image.save(name))
+    names = [k for k in CURVES if sum(k in row for row in rows) > 1]
+    if not names:
+        raise BadInput(f"{run}/metrics.jsonl holds a single step; a curve needs two or more")
+    figure, panels = canvas(-(-len(names) // 2), 2, 2.4, squeeze=False, sharex=True)
+    for name, panel in zip(names, panels.flat, strict=False):
+        step, y = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=float).T
+        title, unit = CURVES[name]
+        if name.startswith("held_out_"):
+            panel.plot(step, y, "o-", color=BLUE, linewidth=2.5)
+        else:
+            panel.plot(step, y, ".", color=BLUE, alpha=0.25)
+            panel.plot(step, smoothed(y), color=BLUE, linewidth=2.5)
+        panel.set(title=title, ylabel=unit)
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(names) :]:
+        panel.set_axis_off()
+    for panel in panels.flat[max(0, len(names) - 2) : len(names)]:
+        panel.set_xlabel("step (student updates)")
+        panel.tick_params(labelbottom=True)
+    finish(figure, run / "curves.png")
 
 
 # -- saliency ----------------------------------------
@@ -63,7 +107,8 @@ def heat(x: Tensor) -> Tensor:
 
 
 def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardModel, cfg: Config) -> None:
-    """One clip (1 F 3 H W): frames, |∂r/∂pixel| per axis, the fused latent map, its two factors."""
+    """One clip (1 F 3 H W), every second frame: frames, |∂r/∂pixel| per axis, the fused latent map, its two
+    factors."""
     scores, pixels = reward_saliency(reward, video01, text)
     cells = to_latent_grid(pixels, *cfg.latent_shape[1:], cfg.time_stride)
     fused = fuse_axes(cells, scores, cfg.fuse_temperature)
@@ -76,76 +121,79 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
     bars = (height <= (time[0] / time.max())[:, None, None]).float().expand(-1, -1, cfg.width)
     rows = {"frames": video01[0]}
     for axis, r, gradient in zip(AXES, scores[0], pixels[0], strict=True):
-        rows[f"|dr/dpixel| {axis}  (score {r:+.2f})"] = heat(gradient)
+        rows[f"|dr/dpixel| of {axis} (score {r:+.2f})"] = heat(gradient)
     rows |= {
-        "fused on the latent grid": heat(enlarge(fused[0])),
-        "W_space (per frame)": heat(enlarge(space[0])),
-        f"W_time (bars, {time.min():.2f} to {time.max():.2f})": bars[:, None].expand(-1, 3, -1, -1),
+        "the three together, on the latent grid": heat(enlarge(fused[0])),
+        "weights over space, per frame": heat(enlarge(space[0])),
+        f"weights over time: bars, {time.min():.2f} to {time.max():.2f}": bars[:, None].expand(-1, 3, -1, -1),
     }
-    contact_sheet(path, rows)
+    contact_sheet(path, rows, every=2)
 
 
 # -- weights against errors ----------------------------------------
 def weights_sheet(path: Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
     """A panel per weight and error: bars of mean error, the lightest eighth at the left, 95 % intervals over
     rows; the line is the mean of all. Prints ρ, and what it is with the weights of another row."""
-    w, h, columns = 260, 150, 3
-    image = Image.new("RGB", (w * columns, h * -(-len(found) // columns)), "white")
-    draw = ImageDraw.Draw(image)
-    for i, (what, (weight, error)) in enumerate(found.items()):
-        pairs = zip(*map(by_weight, weight, error), strict=True)
-        rho, bars = (torch.stack(part) for part in pairs)
+    figure, panels = canvas(-(-len(found) // 2), 2, 3.0, squeeze=False, sharex=True)
+    for panel, (what, (weight, error)) in zip(panels.flat, found.items(), strict=False):
+        rhos, bars = zip(*map(by_weight, weight, error), strict=True)
         foreign = [by_weight(*pair)[0] for pair in zip(weight.roll(1, 0), error, strict=True)]
-        said = "{:+.2f} ± {:.2f}".format(*compare.interval(rho))
-        other = "{:+.2f} ± {:.2f}".format(*compare.interval(foreign))
-        print(f"{what:34} rho {said}, with another's weights {other} (n = {int(rho.isfinite().sum())})")
-        left, top, bottom = i % columns * w + 8, i // columns * h, (i // columns + 1) * h - 12
-        draw.text((left, top + 2), what, "black")
-        draw.text((left, top + 14), f"rho {said}", "grey")
-        ends = [compare.interval(bar) for bar in bars.unbind(1)]
-        scale = (h - 50) / max((m + wide for m, wide in ends if wide == wide), default=1.0)
-        for g, (mean, wide) in enumerate((m, wide) for m, wide in ends if wide == wide):
-            x = left + g * (w - 24) / GROUPS
-            draw.rectangle((x, bottom - mean * scale, x + 20, bottom), (150, 175, 220))
-            whisker = [(x + 10, bottom - y * scale) for y in (max(0, mean - wide), mean + wide)]
-            draw.line(whisker, "black")
-        draw.line((left, bottom - scale, left + w - 24, bottom - scale), "grey")
-    write_atomically(path, lambda name: image.save(name))
+        said = "{:+.2f} ± {:.2f}".format(*interval(rhos))
+        other = "{:+.2f} ± {:.2f}".format(*interval(foreign))
+        print(f"{what:34} rho {said}, with another's weights {other} (n = {int(np.isfinite(rhos).sum())})")
+        means, wide = zip(*map(interval, torch.stack(bars).T), strict=True)
+        panel.bar(range(1, GROUPS + 1), means, yerr=wide, color="#96afdc", ecolor="black", capsize=3)
+        panel.axhline(1, color=GREY)
+        panel.set_title(f"{what.replace(': ', chr(10))}\nρ = {said}", fontsize=14)
+    for panel in panels.flat[len(found) :]:
+        panel.set_axis_off()
+    for panel in panels.flat[max(0, len(found) - 2) : len(found)]:
+        panel.set_xlabel("eighth, lightest first")
+        panel.tick_params(labelbottom=True)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("error : mean")
+    finish(figure, path)
 
 
 # -- the comparison ----------------------------------------
-PANELS = [(axis, view) for view in ("within", "beyond") for axis in ("looks", "motion", "text")]
+VIEWS = {"within": ("first clip", "o", 0.17), "beyond": (f"last of {FAR} clips", "s", -0.17)}
+PANELS = [(axis, view) for view in VIEWS for axis in ("looks", "motion", "text")]
 
 
-def forest(path: Path, table: dict[str, dict[int, dict]]) -> None:
-    """Per row and measure: every seed's difference from the row's control (ticks), their mean and its 95 %
-    interval; the grey line is no difference, the numbers are the panel's ends."""
-    rows = {row: compare.gains(table, row, PANELS) for row in table if row != compare.reference(row)}
-    rows = {row: found for row, found in rows.items() if found}
-    label, w, h, top = 190, 130, 18, 34
-    image = Image.new("RGB", (label + w * len(PANELS), top + h * len(rows) + 4), "white")
-    draw = ImageDraw.Draw(image)
-    for p, (axis, view) in enumerate(PANELS):
-        reach = max(abs(gain) for found in rows.values() for gain in found[axis, view]) * 1.2 or 1.0
-        middle, half = label + p * w + w / 2, w / 2 - 8
-        draw.text((middle - half, 2), axis if view == "within" else f"{axis}, {compare.FAR}x length", "black")
-        draw.text((middle - half, 16), f"-{reach:.3f}", "grey")
-        draw.text((middle + half - 38, 16), f"+{reach:.3f}", "grey")
-        draw.line((middle, top, middle, image.height), "lightgrey")
-        for r, found in enumerate(rows.values()):
-            y, gains = top + r * h + h / 2, found[axis, view]
-            mean, wide = compare.interval(gains)
-            colour = "grey" if not abs(mean) > wide else (200, 40, 30) if mean < 0 else (20, 110, 60)
-            for gain in gains:
-                x = middle + gain / reach * half
-                draw.line((x, y - 5, x, y + 5), "lightgrey")
-            ends = [middle + max(-1, min(1, z / reach)) * half for z in (mean - wide, mean + wide) if z == z]
-            draw.line([(x, y) for x in ends], colour, 2)
-            x = middle + mean / reach * half
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-    for r, (row, found) in enumerate(rows.items()):
-        draw.text((2, top + r * h + 3), f"{row} (n={len(found[PANELS[0]])})", "black")
-    write_atomically(path, lambda name: image.save(name))
+def compared(table: dict[str, dict[int, dict]]) -> dict[str, dict[tuple, list[float]]]:
+    """{row: gains over its control} of rows with two shared seeds or more: one alone has no interval."""
+    rows = {row: gains(table, row, PANELS) for row in table if row != reference(row)}
+    return {row: found for row, found in rows.items() if found and len(found[PANELS[0]]) > 1}
+
+
+def forest(path: Path, rows: dict[str, dict[tuple, list[float]]]) -> None:
+    """Per row and measure: mean and 95 % interval of the paired differences from the row's control, in the
+    first clip and in the last of FAR; coloured where the interval excludes zero."""
+    figure, panels = canvas(1, 3, 2.2 + 0.5 * len(rows), sharey=True)
+    for axis, panel in zip(("looks", "motion", "text"), panels, strict=True):
+        every = [gain for found in rows.values() for view in VIEWS for gain in found[axis, view]]
+        reach = 1.2 * max(map(abs, every)) or 1.0
+        for (y, found), (view, (_, marker, shift)) in (
+            (row, way) for row in enumerate(rows.values()) for way in VIEWS.items()
+        ):
+            mean, wide = interval(found[axis, view])
+            colour = GREY if not abs(mean) > wide else ORANGE if mean < 0 else BLUE
+            panel.errorbar(mean, -y + shift, xerr=wide, fmt=marker, color=colour, markersize=6, linewidth=2,
+                           markerfacecolor=colour if view == "within" else "white")  # fmt: skip
+        panel.axvline(0, color="black", linewidth=1)
+        panel.set(title=axis, xlim=(-reach, reach), xticks=[-reach / 1.5, 0, reach / 1.5])
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+.3f}".replace("0.", ".") if x else "0")
+        panel.tick_params(axis="x", labelsize=12)
+        panel.grid(axis="y", alpha=0.3)
+    names = [f"{row} ({len(found[PANELS[0]])})" for row, found in rows.items()]
+    panels[0].set_yticks([-y for y in range(len(rows))], names)
+    panels[0].set_ylim(-len(rows) + 0.4, 0.6)
+    for label, marker, _ in VIEWS.values():
+        full = "black" if marker == "o" else "white"
+        panels[0].plot([], [], marker, color="black", markerfacecolor=full, label=label)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.supxlabel("difference from the row's control\nblue: better, orange: worse (95 %)", fontsize=14)
+    finish(figure, path)
 
 
 @torch.no_grad()
@@ -158,9 +206,9 @@ def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, see
         text = tokenize([understand(prompt, cfg, [])], cfg.text_length, cfg.text_width)
         rngs, codec = [rng_for(seed, "methods")], load_net(nets / "codec.safetensors", cfg, "codec")
         parts = stream(load_net(student, cfg, "student"), text, cfg, rngs)
-        chunks = list(islice(parts, compare.FAR * cfg.chunks))
+        chunks = list(islice(parts, FAR * cfg.chunks))
         ends = torch.cat([*chunks[: cfg.chunks], *chunks[-cfg.chunks :]], dim=1)
-        when = f"the first {cfg.frames} frames, and the last of {compare.FAR * cfg.frames}"
+        when = f"the first {cfg.frames} frames, and the last of {FAR * cfg.frames}"
         rows[f"{student.parent.name}: {when}"] = codec.decode(ends)[0]
     contact_sheet(path, rows, every=2)
 
@@ -172,16 +220,17 @@ class Flags:
     nets: str = str(ROOT / "assets/tiny")
     seed: int = 0
     out: str = "out"
-    results: str = "results"
-    runs: str = "out/table"
+    world: str = "one"  # objects in a clip: one | two
+    results: Path = ROOT / "study/results.csv"
+    runs: Path = Path("out/table")  # what study.evaluate table leaves
     student: str = ""  # of saliency and weights; default <nets>/stream_r1.safetensors
-    clips: int = 512  # of `study.figures weights`
-    methods: str = ""  # rows of study/compare.py, comma-separated; default all there are
+    clips: int = 0  # of weights, default 512; of table, default 256: runs measured on that many prompts
+    methods: str = ""  # rows of study/rows.py, comma-separated; default all there are
 
 
 def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
     """The saliency of one clip of the student, or its weights against its errors. Raises BadInput."""
-    nets = Path(flags.nets)
+    nets, clips = Path(flags.nets), flags.clips or 512
     student = Path(flags.student or nets / "stream_r1.safetensors")
     header = read_header(student)
     cfg = from_words(header["config"], typed | {"device": "cpu"})
@@ -199,44 +248,45 @@ def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
         raise BadInput(f"{student} learnt without weights; allowed: with --beta=0.5, --space or --time")
     if cfg.batch < GROUPS:
         raise BadInput(f"batch={cfg.batch} is not possible; allowed: {GROUPS} or more")
-    if flags.clips < 2 * cfg.batch or flags.clips % cfg.batch:
-        allowed = f"{2 * cfg.batch}, {3 * cfg.batch} and so on"
-        raise BadInput(f"clips={flags.clips} is not possible; allowed: {allowed}")
+    if clips < 2 * cfg.batch or clips % cfg.batch:
+        raise BadInput(f"clips={clips} is not possible; allowed: {2 * cfg.batch}, {3 * cfg.batch} and so on")
+    for name in ("scipy.stats", "matplotlib"):
+        extra(name)  # before a minute of work
     teacher = load_net(nets / "teacher.safetensors", cfg, "teacher")
     given = {"student": net, "codec": codec, "reward": reward, "teacher": teacher}
-    weights_sheet(out, weights_and_errors(given, cfg, flags.clips, flags.seed))
+    weights_sheet(out, weights_and_errors(given, cfg, clips, flags.seed))
+
+
+def about_the_comparison(what: str, out: Path, flags: Flags) -> None:
+    """The table as a figure, or what its students draw. Raises BadInput."""
+    names, world = rows_named(flags.methods, {}), world_named(flags.world)
+    if what == "table":
+        rows = compared(results.load(flags.results, world, flags.clips or 256, names))
+        if not rows:
+            raise BadInput(f"--results={flags.results} holds no row with two seeds of it and of its control")
+        return forest(out, rows)
+    students = [flags.runs / world / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
+    students = [path for path in students if path.is_file() or flags.methods]
+    if not students:
+        raise BadInput(f"--runs={flags.runs} has no student of seed {flags.seed}; see study.evaluate")
+    methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
 
 
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
+    known = ("curves", "saliency", "weights", "table", "methods")
+    if what not in known:
+        raise BadInput(f"study.figures {what} is not possible; allowed: {' | '.join(known)}")
     if typed and what not in ("saliency", "weights"):
         raise BadInput(f"study.figures {what} does not depend on --{min(typed)}; leave it out")
+    out = Path(flags.run, "curves.png") if what == "curves" else writable_folder(flags.out) / f"{what}.png"
     if what == "curves":
         curves(Path(flags.run))
-        print(f"{flags.run}/curves.png")
     elif what in ("saliency", "weights"):
-        out = writable_folder(flags.out) / f"{what}.png"
         about_a_student(what, out, typed, flags)
-        print(out)
-    elif what == "table":
-        out = writable_folder(flags.out) / "table.png"
-        table = compare.load_results(Path(flags.results), compare.rows_named(flags.methods, {}))
-        if not any(compare.gains(table, row, PANELS) for row in table if row != compare.reference(row)):
-            raise BadInput(f"--results={flags.results} holds no row together with its control")
-        forest(out, table)
-        print(out)
-    elif what == "methods":
-        names = compare.rows_named(flags.methods, {})
-        students = [Path(flags.runs) / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
-        students = [path for path in students if path.is_file() or flags.methods]
-        if not students:
-            raise BadInput(f"--runs={flags.runs} has no student of seed {flags.seed}; see study.evaluate")
-        out = writable_folder(flags.out) / "methods.png"
-        methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
-        print(out)
     else:
-        known = "curves | saliency | weights | table | methods"
-        raise BadInput(f"study.figures {what} is not possible; allowed: {known}")
+        about_the_comparison(what, out, flags)
+    print(out)
 
 
 if __name__ == "__main__":

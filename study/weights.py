@@ -14,6 +14,7 @@ from model import add_noise, guided_x0
 from reward import AXES, rollout_weight
 from rollout import rollout
 from saliency import intra_weight, reward_saliency, to_latent_grid
+from study.tables import extra
 from world.measure import measure, three_axes
 from world.scene import World
 from world.words import caption, tokenize
@@ -57,18 +58,13 @@ def weights_and_errors(nets: dict, cfg: Config, clips: int, seed: int) -> dict[s
     return {what: tuple(map(torch.cat, zip(*pairs, strict=True))) for what, pairs in found.items()}
 
 
-def ranks(x: Tensor) -> Tensor:
-    """(points,) → rank, from 0; equal ones share the mean of theirs."""
-    return (x < x[:, None]).sum(1) + ((x == x[:, None]).sum(1) - 1) / 2
-
-
-def by_weight(weight: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def by_weight(weight: Tensor, error: Tensor) -> tuple[float, Tensor]:
     """(points,) each → Spearman's ρ; (GROUPS,) the mean error of each eighth of the points, lightest first,
     over that of all. nan without errors, if all are alike, or if something is not finite."""
-    if not (weight.isfinite() & error.isfinite()).all():
-        return torch.tensor(torch.nan), torch.full((GROUPS,), torch.nan)
-    a, b = (ranks(x) - (len(x) - 1) / 2 for x in (weight, error))
-    rho = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
+    fine = (weight.isfinite() & error.isfinite()).all()
+    if not fine or weight.min() == weight.max() or error.min() == error.max():
+        return float("nan"), torch.full((GROUPS,), torch.nan)
+    rho = extra("scipy.stats").spearmanr(weight.numpy(), error.numpy()).statistic
     alike = (weight == weight[:, None]).float()  # at the floor many weights are
     shared = alike @ error / alike.sum(1) / error.mean()
-    return rho, torch.stack([part.mean() for part in shared[weight.argsort()].tensor_split(GROUPS)])
+    return float(rho), torch.stack([part.mean() for part in shared[weight.argsort()].tensor_split(GROUPS)])
