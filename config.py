@@ -382,13 +382,6 @@ def from_words(text: str, typed: dict | None = None) -> Config:
     return Config(**(made | typed))
 
 
-def as_flag(name: str, value) -> str:
-    """A Config field as it is typed."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-
 def cli(main: Callable[[], None]) -> None:
     """Call a script's main; bad input ends it with one line on stderr and exit code 2."""
     try:

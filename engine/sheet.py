@@ -19,14 +19,14 @@ def to_uint8(video01: Tensor) -> Tensor:
 
 def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: int = 1) -> None:
     """One captioned row of frames per clip: rows maps a caption to video01 (F 3 H W). Writes a PNG."""
-    gap, label = 2, 14
+    gap, label = 2, 20
     strips = [to_uint8(video[::every]) for video in rows.values()]
     frames, h, w, _ = max((s.shape for s in strips), key=lambda shape: shape[0])
     sheet = Image.new("RGB", (frames * (w * scale + gap), len(rows) * (h * scale + label + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for r, (words, strip) in enumerate(zip(rows, strips, strict=True)):
         top = r * (h * scale + label + gap)
-        draw.text((2, top + 1), words, fill="black")
+        draw.text((2, top + 1), words, fill="black", font_size=14)
         for f, frame in enumerate(strip.numpy()):
             image = Image.fromarray(frame).resize((w * scale, h * scale), Image.Resampling.NEAREST)
             sheet.paste(image, (f * (w * scale + gap), top + label))

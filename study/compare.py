@@ -1,10 +1,10 @@
 """Does it do what the papers say? Every method and every part of it, trained alike, measured alike.
 
-Each row (study/rows.py) is trained once per seed from the same teacher and causal start, with the same prompts
-and the same noise (rollout.stream; only a taper draws its exit from more steps), so that rows are compared pair
-by pair. A finished run appends to one CSV file (study/results.py); a comparison that was interrupted goes on
-where it stopped. Reported are prompts of the test split; prompts of the select split choose the checkpoint
-(train.py). No learned reward takes part in the measures (world/measure.py).
+Each row (study/rows.py) is trained once per seed from the same teacher and causal start, with the same
+prompts and the same noise (rollout.stream; only a taper draws its exit from more steps), so that rows are
+compared pair by pair. A finished run appends to one CSV file (study/results.py); a comparison that was
+interrupted goes on where it stopped. Reported are prompts of the test split; prompts of the select split
+choose the checkpoint (train.py). No learned reward takes part in the measures (world/measure.py).
 """
 
 import json
@@ -92,7 +92,7 @@ def train_and_measure(run: dict, fields: dict, folder: Path, nets: Path) -> list
 
 
 def trained(folder: Path, cfg: Config, nets: Path) -> bool:
-    """Whether a run of these settings, from these nets, has ended there: it is measured, not trained again."""
+    """Whether a run of these settings, from these nets, has ended there: it is not trained again."""
     path = folder / "config.json"
     if not path.exists() or list(folder.glob("step_*.pt")) or last_step(folder) != cfg.steps:
         return False
@@ -122,7 +122,11 @@ def judge(name: str, folder: Path, seed: int, nets: Path, clips: int) -> tuple[d
             other, _ = watch(student, codec, sampled, seed, min(clips, 32))
             views[f"beyond, sampled with context {t}"] = other["beyond"]
     forwards = sum(len(step_grid(cfg, k)) + (cfg.context != "none") for k in range(7))
-    facts = {"chosen step": int(header["step"]), "forwards": forwards, "seconds per chunk of 32 clips": seconds}
+    facts = {
+        "chosen step": int(header["step"]),
+        "forwards": forwards,
+        "seconds per chunk of 32 clips": seconds,
+    }
     rows = read_metrics(folder)
     known = [k for k in results.FACTS if k in rows[-1]]
     facts |= {k: sorted(row[k] for row in rows)[len(rows) // 2] for k in known}  # medians
@@ -154,7 +158,9 @@ def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -
         views["within"].append(found | three_axes(found))
         if far > 1:
             found, both = measure(end01, prompts), measure(torch.cat([start01, end01], 1), prompts)
-            drift = {f"{k}_drift": both[k].abs() for k in ("saturation", "contrast")}  # none makes up for another
+            drift = {
+                f"{k}_drift": both[k].abs() for k in ("saturation", "contrast")
+            }  # none makes up for another
             views["beyond"].append(found | three_axes(found) | drift)
     middle = round(sorted(seconds)[len(seconds) // 2], 4)
     return {view: over_prompts(parts) for view, parts in views.items()}, middle

@@ -1,11 +1,11 @@
 """How good are the nets, and does a method help? Measures on held-out prompts, with 95 % intervals.
 
-    python -m study.evaluate                                   # the shipped nets
+    python -m study.evaluate                                # the shipped nets
     python -m study.evaluate --student=out/train/student.safetensors --clips=64
-    python -m study.evaluate --nets=out/pretrain --stamp       # scores into their headers
-    python -m study.evaluate table --seeds=0                   # the comparison of methods: print study/results.csv
-    python -m study.evaluate table --seeds=0 --world=two       # with two objects; --clips=1024: more prompts
-    python -m study.evaluate table --methods=stream_r1 --seeds=5 --results=out/mine.csv      # train and measure
+    python -m study.evaluate --nets=out/pretrain --stamp    # scores into their headers
+    python -m study.evaluate table --seeds=0                # the comparison of methods: print results.csv
+    python -m study.evaluate table --seeds=0 --world=two    # with two objects; --clips=1024: more prompts
+    python -m study.evaluate table --seeds=5 --methods=stream_r1 --results=out/mine.csv    # train and measure
 
 The first three add VQ, MQ and TA, the learned reward's scores: not a measure of quality, but a student above
 the real clips of the first row would have fooled the reward that trained it.

@@ -1,10 +1,10 @@
 """Pictures of a run, of the rewards' weights, and of the comparison of methods.
 
-    python -m study.figures curves --run=out/train   metrics.jsonl → out/train/curves.png
-    python -m study.figures saliency --prompt "a red circle moving left slowly"   → out/saliency.png
-    python -m study.figures weights --clips=512      do weights go where errors are? → out/weights.png
-    python -m study.figures table                    what study/results.csv holds → out/table.png
-    python -m study.figures methods --runs=out/table students of the comparison, early and late → out/methods.png
+    python -m study.figures curves --run=out/train      # of metrics.jsonl, to out/train/curves.png
+    python -m study.figures saliency --prompt "a red circle moving left slowly"      # to out/saliency.png
+    python -m study.figures weights --clips=512         # do weights go where errors are? to out/weights.png
+    python -m study.figures table                       # of study/results.csv, to out/table.png
+    python -m study.figures methods --runs=out/table    # students, early and late, to out/methods.png
 
 Curves, bars and intervals need matplotlib (the extra `study`); contact sheets do not.
 """
@@ -28,7 +28,7 @@ from rollout import rollout, stream
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 from study import results
 from study.compare import FAR
-from study.rows import reference, rows_named, world_named
+from study.rows import ROWS, reference, rows_named, world_named
 from study.tables import extra, gains, interval
 from study.weights import GROUPS, by_weight, weights_and_errors
 from world.words import tokenize
@@ -118,14 +118,15 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
         return x.repeat_interleave(cfg.stride, -2).repeat_interleave(cfg.stride, -1)
 
     height = (torch.arange(cfg.height, 0, -1) / cfg.height)[None, :, None]
-    bars = (height <= (time[0] / time.max())[:, None, None]).float().expand(-1, -1, cfg.width)
+    bars = (height <= (time[0] / time.max())[:, None, None]).expand(-1, -1, cfg.width)
+    bars = torch.where(bars[:, None], torch.tensor([0.12, 0.3, 0.6])[:, None, None], 0.9)
     rows = {"frames": video01[0]}
     for axis, r, gradient in zip(AXES, scores[0], pixels[0], strict=True):
         rows[f"|dr/dpixel| of {axis} (score {r:+.2f})"] = heat(gradient)
     rows |= {
         "the three together, on the latent grid": heat(enlarge(fused[0])),
         "weights over space, per frame": heat(enlarge(space[0])),
-        f"weights over time: bars, {time.min():.2f} to {time.max():.2f}": bars[:, None].expand(-1, 3, -1, -1),
+        f"weights over time: bars, {time.min():.2f} to {time.max():.2f}": bars,
     }
     contact_sheet(path, rows, every=2)
 
@@ -144,14 +145,17 @@ def weights_sheet(path: Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
         means, wide = zip(*map(interval, torch.stack(bars).T), strict=True)
         panel.bar(range(1, GROUPS + 1), means, yerr=wide, color="#96afdc", ecolor="black", capsize=3)
         panel.axhline(1, color=GREY)
-        panel.set_title(f"{what.replace(': ', chr(10))}\nρ = {said}", fontsize=14)
+        panel.set_ylim(bottom=0)
+        by, _, wrong = what.partition(": ")
+        panel.set_title(f"{wrong}\nby {by}\nρ = {said}", fontsize=14)
     for panel in panels.flat[len(found) :]:
         panel.set_axis_off()
     for panel in panels.flat[max(0, len(found) - 2) : len(found)]:
-        panel.set_xlabel("eighth, lightest first")
+        panel.set_xlabel("eighth of the weights")
         panel.tick_params(labelbottom=True)
     for panel in panels[:, 0]:
-        panel.set_ylabel("error : mean")
+        panel.set_ylabel("error / its mean")
+    figure.suptitle("Mean error by weight, lightest eighth first")
     finish(figure, path)
 
 
@@ -162,7 +166,7 @@ PANELS = [(axis, view) for view in VIEWS for axis in ("looks", "motion", "text")
 
 def compared(table: dict[str, dict[int, dict]]) -> dict[str, dict[tuple, list[float]]]:
     """{row: gains over its control} of rows with two shared seeds or more: one alone has no interval."""
-    rows = {row: gains(table, row, PANELS) for row in table if row != reference(row)}
+    rows = {row: gains(table, row, PANELS) for row in ROWS if row != reference(row)}
     return {row: found for row, found in rows.items() if found and len(found[PANELS[0]]) > 1}
 
 
@@ -181,8 +185,9 @@ def forest(path: Path, rows: dict[str, dict[tuple, list[float]]]) -> None:
             panel.errorbar(mean, -y + shift, xerr=wide, fmt=marker, color=colour, markersize=6, linewidth=2,
                            markerfacecolor=colour if view == "within" else "white")  # fmt: skip
         panel.axvline(0, color="black", linewidth=1)
-        panel.set(title=axis, xlim=(-reach, reach), xticks=[-reach / 1.5, 0, reach / 1.5])
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+.3f}".replace("0.", ".") if x else "0")
+        tick = float(f"{reach / 1.7:.0e}")  # one digit
+        panel.set(title=axis, xlim=(-reach, reach), xticks=[-tick, 0, tick])
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+.2g}".replace("0.", ".") if x else "0")
         panel.tick_params(axis="x", labelsize=12)
         panel.grid(axis="y", alpha=0.3)
     names = [f"{row} ({len(found[PANELS[0]])})" for row, found in rows.items()]
@@ -192,7 +197,9 @@ def forest(path: Path, rows: dict[str, dict[tuple, list[float]]]) -> None:
         full = "black" if marker == "o" else "white"
         panels[0].plot([], [], marker, color="black", markerfacecolor=full, label=label)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel("difference from the row's control\nblue: better, orange: worse (95 %)", fontsize=14)
+    figure.supxlabel(
+        "difference from the row's control, 95 % intervals\nblue: above zero, orange: below", fontsize=14
+    )
     finish(figure, path)
 
 
@@ -215,13 +222,13 @@ def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, see
 
 @dataclass(frozen=True)
 class Flags:
-    run: str = "out/train"
-    prompt: str = "a red circle moving left slowly on a black background"
-    nets: str = str(ROOT / "assets/tiny")
-    seed: int = 0
-    out: str = "out"
+    run: str = "out/train"  # of curves: what train.py has left
+    prompt: str = "a red circle moving left slowly on a black background"  # of saliency, methods
+    nets: str = str(ROOT / "assets/tiny")  # folder with codec, teacher and reward
+    seed: int = 0  # of the noise; of methods also the students'
+    out: str = "out"  # folder of the picture
     world: str = "one"  # objects in a clip: one | two
-    results: Path = ROOT / "study/results.csv"
+    results: Path = ROOT / "study/results.csv"  # of table
     runs: Path = Path("out/table")  # what study.evaluate table leaves
     student: str = ""  # of saliency and weights; default <nets>/stream_r1.safetensors
     clips: int = 0  # of weights, default 512; of table, default 256: runs measured on that many prompts

@@ -1,9 +1,9 @@
 """What was measured: one CSV file, a line a run and view, to which runs append.
 
-A run is a row (study/rows.py), a seed, a world and a number of test prompts (`clips`). Its views: `within`, the
-first clip; `beyond`, the last of FAR; the same "sampled with context t"; "held out, step n", the prompts that
-choose the checkpoint; or `failed`. Numbers are means over `prompts` prompts (of drifts: of their size), empty
-where nothing could be measured.
+A run is a row (study/rows.py), a seed, a world and a number of test prompts (`clips`). Its views: `within`,
+the first clip; `beyond`, the last of FAR; the same "sampled with context t"; "held out, step n", the prompts
+that choose the checkpoint; or `failed`. Numbers are means over `prompts` prompts (of drifts: of their size),
+empty where nothing could be measured.
 """
 
 import csv
@@ -35,9 +35,12 @@ def read(path: Path) -> list[dict]:
         return []
     try:
         with open(path, newline="") as file:
-            return [{name: _value(name, line[name]) for name in COLUMNS} for line in csv.DictReader(file)]
+            table = csv.DictReader(file)
+            if tuple(table.fieldnames or ()) != COLUMNS:
+                raise ValueError("other columns")
+            return [{name: _value(name, line[name]) for name in COLUMNS} for line in table]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise BadInput(f"--results: {path} was not written by study.evaluate table: {error!r}") from error
+        raise BadInput(f"--results={path} was not written by study.evaluate table: {error!r}") from error
 
 
 def _value(name: str, text: str) -> str | int | float:

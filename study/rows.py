@@ -1,4 +1,4 @@
-"""Which trainings are compared: a row is a name for a handful of Config fields, with a row to compare it with.
+"""Which trainings are compared: a row is a name for a few Config fields, with a row to compare it with.
 
 A row differs from its `reference` in the technique it is about and in nothing else, so that a difference
 between the two says what this technique does.

@@ -14,9 +14,9 @@ COLUMNS = (
     ("saturation_drift", "beyond"), ("contrast_drift", "beyond"),
 )  # fmt: skip
 LEGEND = (
-    "Measured from pixels, 1 is best: looks is how close sharpness, colours, noise and block edges are to a real "
-    "clip's, motion whether objects move in the prompt's direction at its speed, steadily and without stops, "
-    "text whether colour, shape, direction and background are the prompt's."
+    "Measured from pixels, 1 is best: looks is how close sharpness, colours, noise and block edges are to a "
+    "real clip's, motion whether objects move in the prompt's direction at its speed, steadily and without "
+    "stops, text whether colour, shape, direction and background are the prompt's."
 )
 MEANING = {
     "jitter": "how much objects shake: rms second difference of their centre, in pixels of a 32-pixel canvas",
