@@ -175,6 +175,12 @@ def test_few_prompts_are_streamed_far(monkeypatch):
     torch.manual_seed(0)
     student, codec = VideoDiT(cfg).eval(), Codec(cfg).eval()
     monkeypatch.setattr(compare, "FEW", 32)
+    monkeypatch.setattr(compare, "FAR", 2)
+    seen = ("looks", "saturation", "contrast")
+    monkeypatch.setattr(
+        compare, "measure", lambda x, prompts: dict.fromkeys(seen, x.std((1, 2, 3, 4)) + len(prompts[0]))
+    )
+    monkeypatch.setattr(compare, "three_axes", lambda found: {})
     few, many = (compare.watch(student, codec, cfg, 0, clips)[0] for clips in (32, 34))
     assert many["within"]["prompts"] == 34 and many["beyond"]["prompts"] == 32
     assert many["beyond"] == few["beyond"] and many["within"] != few["within"]

@@ -1,4 +1,4 @@
-"""plot.py: what a picture shows is where it should be."""
+"""study/figures.py: what a picture shows is where it should be."""
 
 import json
 import shutil
@@ -9,17 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from config import PRESETS, cli
+from config import PRESETS, BadInput, cli
 from rollout import rollout
-from study import compare, weights
-from study import figures as plot
-from world.measure import measure, three_axes
+from study import figures, results, tables, weights
+from study.rows import ROWS
+from world.measure import three_axes
+from world.scene import World
+from world.words import caption
 
 
 def call(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["plot.py", *argv])
-    cli(plot.main)
+    monkeypatch.setattr(sys, "argv", ["figures.py", *argv])
+    cli(figures.main)
 
 
 def pixels(path):
@@ -30,23 +31,37 @@ def test_a_contact_sheet_has_a_row_per_clip_and_a_column_per_frame(tmp_path):
     """Catches swapped axes and channels: one red frame in a black clip is red where it belongs."""
     clips = torch.zeros(2, 3, 3, 8, 8)
     clips[1, 2, 0] = 1.0
-    plot.contact_sheet(tmp_path / "s.png", {"first": clips[0], "second": clips[1]}, scale=2)
+    figures.contact_sheet(tmp_path / "s.png", {"first": clips[0], "second": clips[1]}, scale=2)
     sheet = pixels(tmp_path / "s.png")
-    frame, row = 8 * 2 + 2, 8 * 2 + 14 + 2
+    frame, row = 8 * 2 + 2, 8 * 2 + 20 + 2
     assert sheet.shape == (2 * row, 3 * frame, 3)
     red = (sheet == [255, 0, 0]).all(-1)
-    assert red[row + 14 : row + 30, 2 * frame : 2 * frame + 16].all() and red.sum() == 256
+    assert red[row + 20 : row + 36, 2 * frame : 2 * frame + 16].all() and red.sum() == 256
 
 
-def test_curves_rise_where_the_numbers_do(tmp_path, monkeypatch):
-    """One panel per quantity that was measured at least twice; later steps are further right."""
-    rows = [{"step": i, "dmd": float(i), "critic": 3.0} for i in (1, 2, 3)]
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """Figures as they are when they are written, which they are all the same."""
+    seen, finish = [], figures.finish
+    monkeypatch.setattr(figures, "finish", lambda figure, path: seen.append(figure) or finish(figure, path))
+    return seen
+
+
+def test_curves(tmp_path, monkeypatch, drawn):
+    """A panel per quantity that was measured at least twice, held-out ones first; steps to the right; noise
+    is smoothed, and nothing moves sideways."""
+    rows = [{"step": i, "dmd": float(i), "critic": float(i % 2)} for i in range(1, 41)]
+    rows[19]["held_out_shape"], rows[39]["held_out_shape"], rows[0]["VQ"] = 0.5, 1.0, 3.0
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call(monkeypatch, "curves", f"--run={tmp_path}")
-    blue = (pixels(tmp_path / "curves.png") == [30, 90, 200]).all(-1)
-    ys, xs = np.nonzero(blue[:, :260])
-    assert ys[xs.argmin()] > ys[xs.argmax()], "a rising quantity falls"
-    assert blue[:, 260:520].any() and not blue[:, 520:].any()
+    panels = [panel for panel in drawn[0].axes if panel.get_title()]
+    assert [p.get_title() for p in panels] == ["held out: right shape", "DMD gradient", "critic's loss"]
+    held_out, dmd, critic = (panel.get_lines()[-1].get_xydata() for panel in panels)
+    assert held_out.tolist() == [[20, 0.5], [40, 1.0]]
+    assert np.array_equal(dmd[10:-10, 0], dmd[10:-10, 1]) and (np.diff(dmd[:, 1]) > 0).all()
+    assert np.abs(critic[:, 1] - 0.5).max() < 0.2, "noise stays"
+    assert panels[-1].get_xlabel().startswith("step") and all(panel.get_ylabel() for panel in panels)
+    assert pixels(tmp_path / "curves.png").shape[1] == 780
 
 
 def test_saliency_of_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
@@ -55,12 +70,12 @@ def test_saliency_of_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
     call(monkeypatch, "saliency", *where, f"--out={tmp_path}")
     call(monkeypatch, "saliency", *where, f"--out={tmp_path}/other", "--fuse_temperature=0.05")
     one, two = (pixels(folder / "saliency.png") for folder in (tmp_path, tmp_path / "other"))
-    row = 32 * 2 + 14 + 2
-    assert one.shape == two.shape and one.shape[0] == 7 * row
+    row = 32 * 2 + 20 + 2
+    assert one.shape == two.shape == (7 * row, 8 * (32 * 2 + 2), 3)
     assert (one[: 4 * row] == two[: 4 * row]).all() and (one[4 * row :] != two[4 * row :]).any()
 
 
-def test_weights_are_held_against_the_errors_of_the_same_cells(nets, tmp_path, monkeypatch):  # noqa: F811
+def test_weights_are_compared_with_the_errors_of_the_same_cells(nets, tmp_path, monkeypatch):  # noqa: F811
     """A reward that looks at one cell of one frame, a teacher that sees nothing but zeros: all is known."""
     clips, videos, pairs = [], [], []
     scores = torch.arange(24.0).view(8, 3) / 10
@@ -71,17 +86,22 @@ def test_weights_are_held_against_the_errors_of_the_same_cells(nets, tmp_path, m
         seen[:, :, 9, 0:8, 8:16] = 1.0
         return scores, seen
 
+    def measure(video01, prompts):
+        level = video01.mean((1, 2, 3, 4)) + torch.tensor([float(len(p)) for p in prompts])
+        return {k: level / (i + 20) for i, k in enumerate(results.MEASURES)}
+
+    monkeypatch.setattr(weights, "measure", measure)
     monkeypatch.setattr(weights, "reward_saliency", looks_at_one_cell)
     monkeypatch.setattr(weights, "guided_x0", lambda teacher, xt, *rest: torch.zeros_like(xt))
     monkeypatch.setattr(weights, "rollout", lambda *how: clips.append(rollout(*how)) or clips[-1])
-    monkeypatch.setattr(plot, "weights_sheet", lambda path, found: pairs.append(found))
+    monkeypatch.setattr(figures, "weights_sheet", lambda path, found: pairs.append(found))
     call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=16", "--batch=8")
     assert [len(x) for x in clips] == [8, 8]
     weight, error = pairs[0]["W_intra of cells: |x - x_T|"]
     assert (weight.argmax(1) == 9 * 16 + 1).all(), "frame 9, first row, second column"
     assert torch.equal(error, torch.cat(clips).abs().mean(2).flatten(1))
-    words = data.World(PRESETS["tiny"], "test").captions([("weights", 0, i) for i in range(16)])
-    prompts, video01 = [data.caption(w) for w in words], torch.cat(videos)
+    words = World(PRESETS["tiny"], "test").captions([("weights", 0, i) for i in range(16)])
+    prompts, video01 = [caption(w) for w in words], torch.cat(videos)
     time, jitter = pairs[0]["W_time of four frames: jitter"]
     heavy = time > time.min() + 1e-3
     assert time.shape == jitter.shape == (16, 13) and heavy[:, 6:10].all() and heavy.sum() == 4 * 16
@@ -103,29 +123,26 @@ def test_errors_by_weight():
     """ρ is 1 and bars rise where errors follow weights; equal weights share their errors; no error, no ρ."""
     weight = torch.rand(64, generator=torch.Generator().manual_seed(0))
     rho, bars = weights.by_weight(weight, weight.exp())
-    assert torch.allclose(rho, torch.tensor(1.0)) and (bars.diff() > 0).all()
+    assert rho == pytest.approx(1.0) and (bars.diff() > 0).all()
     rho, bars = weights.by_weight(weight, -weight.exp() + 10)
-    assert torch.allclose(rho, torch.tensor(-1.0)) and (bars.diff() < 0).all()
+    assert rho == pytest.approx(-1.0) and (bars.diff() < 0).all()
     assert torch.allclose(bars.mean(), torch.tensor(1.0)), "in units of the mean error"
     _, bars = weights.by_weight(weight.clamp(min=0.6), weight)
     assert torch.allclose(bars[:3], bars[:1].expand(3)), "more than half of them are at the floor"
-    assert weights.ranks(torch.tensor([3.0, 1.0, 1.0, 2.0])).tolist() == [3.0, 0.5, 0.5, 2.0]
-    for broken in (
-        torch.zeros(64),
-        torch.full((64,), torch.nan),
-        weight.masked_fill(weight > 0.9, torch.nan),
-    ):
-        assert weights.by_weight(weight, broken)[0].isnan()
+    for broken in (0 * weight, weight * torch.nan, weight.masked_fill(weight > 0.9, torch.nan)):
+        rho, bars = weights.by_weight(weight, broken)
+        assert np.isnan(rho) and bars.isnan().all()
 
 
-def test_weights_sheet(tmp_path, capsys):
+def test_weights_sheet(tmp_path, capsys, drawn):
     """Bars as high as the errors are; a panel without errors is empty, not a crash."""
     weight = torch.arange(64.0).expand(3, 64) + torch.tensor([[0.0], [0.1], [0.2]])
-    plot.weights_sheet(tmp_path / "w.png", {"rising": (weight, weight + 1), "none": (weight, weight * 0)})
-    bars = (pixels(tmp_path / "w.png") == [150, 175, 220]).all(-1)
-    middles = [int(8 + g * (260 - 24) / weights.GROUPS + 5) for g in range(weights.GROUPS)]
-    heights = bars.sum(0)[middles]
-    assert (np.diff(heights) > 0).all() and not bars[:, 260:].any()
+    figures.weights_sheet(
+        tmp_path / "w.png", {"w: rising": (weight, weight + 1), "w: 0": (weight, weight * 0)}
+    )
+    full, empty = ([bar.get_height() for bar in panel.patches] for panel in drawn[0].axes)
+    assert (np.diff(full) > 0).all() and np.mean(full) == pytest.approx(1, abs=0.01)
+    assert len(full) == 8 and np.isnan(empty).all()
     assert "rho +1.00 ± 0.00, with another's weights +1.00" in capsys.readouterr().out
 
 
@@ -144,42 +161,40 @@ def test_bad_input(monkeypatch, capsys, argv, needle):
     assert stopped.value.code == 2 and len(error.splitlines()) == 1 and needle in error, error
 
 
-def results(folder, gain: dict[str, float]):
-    """Two seeds of a control and of each row, which is `gain` better in every measure."""
-    folder.mkdir()
-    for row, more in {"windowed": 0.0, **gain}.items():
-        for seed in (0, 1):
-            views = {view: {name: [0.5 + 0.1 * seed + more] for name, _ in compare.COLUMNS}
-                     for view in ("within", "beyond")}  # fmt: skip
-            found = {"row": row, "seed": seed, "views": views, "training": {"held out": {}}, "forwards": 35}
-            asked = compare.asked_for(compare.ROWS[row] | {"seed": seed}, "nets", 1)
-            (folder / f"{row}-{seed}.json").write_text(json.dumps(found | {"asked": asked}))
-
-
-def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch):
-    """Catches differences that are not paired (seeds differ by .1, rows by .05), signs and rows mixed up."""
-    results(tmp_path / "results", {"tilted": 0.05, "diagonal": -0.05})
-    call(monkeypatch, "table", f"--results={tmp_path}/results", f"--out={tmp_path}")
-    image = pixels(tmp_path / "table.png").astype(int)
-    green = (image[..., 1] > image[..., 0] + 60).nonzero()
-    red = (image[..., 0] > image[..., 1] + 60).nonzero()
-    middles = 190 + 130 * np.arange(6) + 65
-    assert len(green[0]) and len(red[0])
-    assert (green[1] > middles[np.abs(green[1][:, None] - middles).argmin(1)]).all()
-    assert (red[1] < middles[np.abs(red[1][:, None] - middles).argmin(1)]).all()
-    order = [row for row in compare.ROWS if row in ("tilted", "diagonal")]
-    assert (green[0].mean() < red[0].mean()) == (order[0] == "tilted")
+def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch, drawn):
+    """Catches differences that are not paired (seeds differ by .1, rows by .05), signs and rows mixed up, and
+    rows of one seed, which have no interval."""
+    gain, lines = {"windowed": 0.0, "tilted": 0.05, "diagonal": -0.05, "stream_r1": 0.5}, []
+    for row, more in gain.items():
+        for seed in (0, 1) if row != "stream_r1" else (0,):
+            facts = {"row": row, "seed": seed, "world": "one", "clips": 256, "steps": 100, "batch": 1}
+            looks = 0.5 + 0.1 * seed + more + 0.001 * seed * (row != "windowed")
+            values = dict.fromkeys(("looks", "motion", "text"), looks)
+            lines += [facts | values | {"view": view} for view in ("within", "beyond")]
+    results.append(tmp_path / "r.csv", lines)
+    call(monkeypatch, "table", f"--results={tmp_path}/r.csv", f"--out={tmp_path}")
+    panels = drawn[0].axes
+    assert [panel.get_title() for panel in panels] == ["looks", "motion", "text"]
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert names == [f"{row} (2)" for row in ROWS if row in ("tilted", "diagonal")]
+    for panel in panels:
+        for y, name in zip(panels[0].get_yticks(), names, strict=True):
+            bars = [c.lines[0] for c in panel.containers if abs(c.lines[0].get_ydata()[0] - y) < 0.4]
+            sign, colour = (1, figures.BLUE) if name.startswith("tilted") else (-1, figures.ORANGE)
+            assert [bar.get_xdata()[0] for bar in bars] == pytest.approx([sign * 0.05 + 0.0005] * 2)
+            assert {bar.get_color() for bar in bars} == {colour}
+    assert pixels(tmp_path / "table.png").shape[1] == 780
 
 
 def test_methods_sheet(nets, tmp_path, monkeypatch):  # noqa: F811
     """A row a student, half of the first clip's frames and half of the last one's."""
     for name in ("windowed-0", "tilted-0"):
-        (tmp_path / name).mkdir()
-        shutil.copy(nets / "stream_r1.safetensors", tmp_path / name / "student.safetensors")
+        (tmp_path / "one" / name).mkdir(parents=True)
+        shutil.copy(nets / "stream_r1.safetensors", tmp_path / "one" / name / "student.safetensors")
     call(monkeypatch, "methods", f"--runs={tmp_path}", f"--nets={nets}", f"--out={tmp_path}")
     sheet = pixels(tmp_path / "methods.png")
-    assert sheet.shape == (2 * (64 + 14 + 2), 16 * (64 + 2), 3)
-    top, bottom = sheet[14 : 14 + 64], sheet[94 : 94 + 64]
+    assert sheet.shape == (2 * (64 + 20 + 2), 16 * (64 + 2), 3)
+    top, bottom = sheet[20 : 20 + 64], sheet[106 : 106 + 64]
     assert np.array_equal(top, bottom), "the same weights, prompt and noise"
 
 
@@ -193,3 +208,12 @@ def test_nothing_to_draw(what, tmp_path, monkeypatch, capsys):
         call(monkeypatch, what, *BAD[what], f"--out={tmp_path}")
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and len(said.splitlines()) == 1 and BAD[what][0].partition("=")[0] in said
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def nothing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(tables.importlib, "import_module", nothing)
+    with pytest.raises(BadInput, match="pip install matplotlib, or"):
+        figures.canvas(1, 1, 1.0)
