@@ -24,7 +24,7 @@ class RewardModel(nn.Module):
     """`reward(video01, text)`: (b F 3 H W) in [0, 1], (b l e) → (b s), differentiable, of unit spread.
 
     A convolution per frame sees the frame and its change since the last one; a temporal convolution sees how
-    that goes on. MQ and TA depend on the text through an inner product, so that one clip can be held against
+    that goes on. MQ and TA depend on the text through an inner product, so that one clip can be compared with
     many captions.
     """
 

@@ -198,7 +198,7 @@ def forest(path: Path, rows: dict[str, dict[tuple, list[float]]]) -> None:
         panels[0].plot([], [], marker, color="black", markerfacecolor=full, label=label)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel(
-        "difference from the row's control, 95 % intervals\nblue: above zero, orange: below", fontsize=14
+        "difference from the row's control, 95 % intervals\nblue: above zero, orange: below; (n): seeds", fontsize=14
     )
     finish(figure, path)
 

@@ -1,4 +1,4 @@
-"""What a clip shows, held against what its prompt asked for: from pixels alone, no learned network.
+"""What a clip shows, compared with what its prompt asks for: from pixels alone, no learned network.
 
 Each clip gives, per object and then averaged over objects:
 colour, shape, direction, speed, background: 1 = as the prompt says, 0 = not, nan = unsaid. An object that is
