@@ -197,9 +197,8 @@ def forest(path: Path, rows: dict[str, dict[tuple, list[float]]]) -> None:
         full = "black" if marker == "o" else "white"
         panels[0].plot([], [], marker, color="black", markerfacecolor=full, label=label)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel(
-        "difference from the row's control, 95 % intervals\nblue: above zero, orange: below; (n): seeds", fontsize=14
-    )
+    words = "difference from the row's control, 95 % intervals"
+    figure.supxlabel(f"{words}\nblue: above zero, orange: below; (n): seeds", fontsize=14)
     finish(figure, path)
 
 
