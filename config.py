@@ -85,7 +85,7 @@ class Config:
     tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
-    steps: int = 100  # student updates of every method; published: 200; 120 for Self and Reward Forcing
+    steps: int = 50  # student updates of every method; published: 200; 120 for Self and Reward Forcing
     batch: int = 16  # clips per step over all processes
     accumulate: int = 1  # micro-batches per update and process; one exit step for all, published: one each
     critic_steps: int = 2  # critic updates per student update; published: 5
@@ -103,8 +103,8 @@ class Config:
     shard: bool = False  # FSDP2: spread parameters, gradients, optimizers and averages over the processes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
     threads: int = 0  # CPU threads to compute with; 0: one a core, for streaming tiny one in all
-    save_every: int = 50  # steps between checkpoints, of which two are kept
-    eval_every: int = 25  # steps between held-out measurements; the best EMA student is kept
+    save_every: int = 25  # steps between checkpoints, of which two are kept
+    eval_every: int = 10  # steps between held-out measurements; the best EMA student is kept
     eval_clips: int = 64  # held-out prompts that are measured
     max_bad: int = 8  # steps in a row with a non-finite sample before the run stops
 
@@ -206,14 +206,15 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(),
     "small": Config(
         preset="small", height=64, width=64, objects=2, frames=24, dim=192, ffn=768, layers=8, heads=6,
-        text_length=9, batch=64, steps=1000, critic_steps=5, bf16=True, window=4,
+        text_length=9, batch=64, steps=1000, critic_steps=5, bf16=True, window=4, save_every=50,
+        eval_every=25,
     ),
     "wan-1.3b": Config(
         preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
         patch=2, patch_time=1, dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512,
         text_width=4096, predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200,
         critic_steps=5, lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True,
-        checkpointing=True, shard=True, horizon=1, save_every=10, sink_decay=0.999,
+        checkpointing=True, shard=True, horizon=1, save_every=10, eval_every=25, sink_decay=0.999,
     ),
 }  # fmt: skip
 

@@ -14,36 +14,24 @@ the clips of one micro-batch (over all processes), and the balance sees one afte
 
 from engine import openmp  # isort: skip  (before torch loads)
 
-import json
 import math
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import ROOT, BadInput, Config, cli, from_cli
-from data import ClipFolder, PromptFile, source_of
+from config import Config, cli, from_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
-from engine.sheet import contact_sheet
-from engine.track import Track
-from networks import Networks, load_net, own_networks
-from reward import AXES, Balancer, effective_share, rollout_weight, tilt_weight
+from reward import AXES, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
+from run import Run, finish, log, prepare, save, select, sheet
 from saliency import intra_weight, reward_saliency, to_latent_grid
-from world.measure import ACCURACIES, measure
-from world.scene import World
-from world.words import caption
-
-# may change between a run and its continuation
-FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -56,25 +44,6 @@ class Flags:
     videoalign: str = ""  # with --wan: a folder with the reward, see wan/videoalign.py
     resume: bool = False  # go on with the run in --out
     track: str = "none"  # none | tensorboard | wandb: shows metrics.jsonl and the contact sheets as well
-
-
-@dataclass(kw_only=True)
-class Run(Networks):
-    """What a training run holds. Only student, critic, their optimizers, the average, balancer, step and best
-    score change."""
-
-    cfg: Config
-    out: Path
-    rank: int
-    world: int
-    source: World | ClipFolder | PromptFile
-    student_opt: torch.optim.Optimizer
-    critic_opt: torch.optim.Optimizer
-    balancer: Balancer
-    track: Track | None  # of the first process
-    step: int = 0
-    best: float = -1.0
-    bad: int = 0
 
 
 def main() -> None:
@@ -107,7 +76,7 @@ def main() -> None:
             save(run)
         if stopping:
             break
-    finish(run, flags)
+    finish(run)
 
 
 def update_student(run: Run, step: int) -> dict[str, float]:
@@ -270,150 +239,6 @@ def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], 
     text = run.read(words).to(cfg.device)
     prompts = run.reward is not None and run.reward.reads == "prompts"
     return [rng_for(cfg.seed, *key, i) for i in ids], text, [" ".join(w) for w in words] if prompts else text
-
-
-# -- looking at it ----------------------------------------
-def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, list[str]]:
-    """Rollouts for prompts of the `select` split, always the same prompts and noise → video01, prompts."""
-    cfg = run.cfg
-    source = run.source if cfg.data else World(cfg, "select")
-    words = source.captions([(i,) for i in range(clips)])
-    text = run.read(words).to(cfg.device)
-    with torch.no_grad(), processes.autocast(cfg):
-        x = rollout(net, text, cfg, [rng_for("select", i) for i in range(clips)], chunks)
-        video01 = torch.cat([run.codec.decode(part) for part in x.split(16)])
-    return video01.float().cpu(), [" ".join(w) if cfg.data else caption(w) for w in words]
-
-
-def select(run: Run) -> dict[str, float]:
-    """Measure the averaged student on held-out prompts after a rollout of full horizon; keep the best.
-
-    Few-step students are easily over-trained. Of real clips nobody knows the truth: there the newest student
-    is kept.
-    """
-    if run.rank and not run.cfg.shard:
-        return {}
-    stats, score = {}, run.best
-    if not run.cfg.data:
-        scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
-        stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
-        score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
-        score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
-    if run.cfg.shard:  # all processes come to one decision
-        score = processes.mean({"score": score}, run.cfg.device)["score"]
-    if score >= run.best:
-        run.best = score
-        facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
-        facts["vocabulary"] = " ".join(run.source.vocabulary)
-        if run.folder:  # where sample.py finds the codec
-            facts["nets"] = os.path.relpath(run.folder, run.out)
-        checkpoint.save_weights(run.out / "student.safetensors", run.ema, run.cfg, "student", **facts)
-    return stats
-
-
-def sheet(run: Run, name: str, net: nn.Module) -> None:
-    if run.rank and not run.cfg.shard:
-        return
-    clips = min(6, run.cfg.batch // (run.world * run.cfg.accumulate))
-    video01, prompts = imagine(run, net, clips, run.cfg.chunks)
-    if run.rank == 0:
-        many = video01.shape[1] > 32
-        how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
-        contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)), **how)
-        run.track.image(run.step, name, run.out / f"{name}.png")
-
-
-def log(run: Run, stats: dict, bar) -> None:
-    if run.rank:
-        return
-    stats = {k: round(float(v), 6) for k, v in stats.items()}
-    run.track.scalars(run.step, stats)
-    shown = ("dmd", "critic", *AXES, "ess", "held_out_direction")
-    bar.set_postfix({k: f"{stats[k]:.2f}" for k in shown if k in stats}, refresh=False)
-
-
-# -- starting, saving, ending ----------------------------------------
-def prepare(cfg: Config, flags: Flags, rank: int, world: int) -> Run:
-    """Load the networks, or the run that is to be resumed."""
-    out, source = checkpoint.writable_folder(flags.out), source_of(cfg)
-    state = checkpoint.load_state(out, cfg, FREE, flags.resume)
-    if len({bool(flags.wan), isinstance(source, PromptFile), cfg.time_stride > 1}) > 1:
-        raise BadInput("the preset wan-1.3b, --wan=FOLDER and --data=FILE (prompts, one a line) go together")
-    if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
-        raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
-    track = None if rank else Track(flags.track, out, asdict(cfg), state["step"] if state else 0)
-    if flags.wan:
-        from wan.networks import wan_networks  # diffusers and transformers take seconds
-
-        nets = wan_networks(cfg, source.prompts, flags)
-    else:
-        nets = own_networks(cfg, Path(flags.nets or ROOT / "assets" / cfg.preset), flags.start)
-    if state and state.get("origin") != nets.origin:
-        what = f"--resume: {out} began from others of what --nets, --start, --wan or --data name"
-        raise BadInput(f"{what}: {state.get('origin')}, not {nets.origin}")
-    for net in (nets.teacher, nets.student, nets.ema, nets.critic):
-        processes.shard(net, cfg) if cfg.shard and world > 1 else net.to(cfg.device)
-    adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
-    student_opt = torch.optim.AdamW(nets.student.parameters(), lr=cfg.lr, **adam)
-    critic_opt = torch.optim.AdamW(nets.critic.parameters(), lr=cfg.critic_lr, **adam)
-    run = Run(**vars(nets), cfg=cfg, out=out, rank=rank, world=world, source=source, track=track,
-              student_opt=student_opt, critic_opt=critic_opt, balancer=Balancer(cfg))  # fmt: skip
-    if state:
-        if state["step"] > cfg.steps:
-            raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
-        restore(run, state)
-    if rank == 0:
-        facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
-        text = json.dumps(asdict(cfg) | facts, indent=1)
-        checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
-    return run
-
-
-_NETS, _STATE = ("student", "critic", "ema"), ("student_opt", "critic_opt", "balancer")
-
-
-def parts(run: Run) -> tuple[dict, dict]:
-    """What checkpoint.save_shards wants: networks, and optimizers with what they move."""
-    opts = {"student_opt": (run.student, run.student_opt), "critic_opt": (run.critic, run.critic_opt)}
-    return {name: getattr(run, name) for name in _NETS}, opts
-
-
-def save(run: Run) -> None:
-    facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
-    if run.cfg.shard:
-        checkpoint.save_shards(
-            run.out, run.step, *parts(run), facts | {"balancer": run.balancer.state_dict()}
-        )
-    elif run.rank == 0:
-        state = {name: getattr(run, name).state_dict() for name in (*_NETS, *_STATE)}
-        checkpoint.save_state(run.out, run.step, state | facts)
-
-
-def restore(run: Run, state: dict) -> None:
-    if "shards" in state:
-        checkpoint.load_shards(state["shards"], *parts(run))
-        run.balancer.load_state_dict(state["balancer"])
-    else:
-        for name in (*_NETS, *_STATE):
-            getattr(run, name).load_state_dict(state[name])
-    run.step, run.best = state["step"], state["best"]
-
-
-def finish(run: Run, flags: Flags) -> None:
-    if run.rank == 0 and run.step < run.cfg.steps:
-        after = "; the traceback below is torchrun's" * torch.distributed.is_torchelastic_launched()
-        print(f"stopped after step {run.step}; --resume goes on from there{after}", flush=True)
-    elif run.rank == 0:
-        path = run.out / "student.safetensors"
-        sheet(run, "after", load_net(path, run.cfg, "student"))
-        scored = f" (held-out score {run.best:.3f})" if run.best > -1 else ""
-        print(f"student {path}{scored}; {run.out}/before.png and after.png show the change", flush=True)
-        if run.folder:
-            prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
-            print(f'next: python sample.py {run.cfg.preset} --student={path} --prompt "{prompt}"', flush=True)
-    if run.track:
-        run.track.close()
-    processes.stop()
 
 
 if __name__ == "__main__":

@@ -58,11 +58,12 @@ CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where students of the base and of the 
 # objects in a clip: what makes it so, and the nets of this world
 WORLDS = {"one": ({}, "assets/tiny"), "two": ({"objects": 2, "text_length": 9}, "assets/two")}
 STEPS = 100  # of every row
+EVERY = 25  # steps between the measurements that choose a checkpoint
 
 
 def fields_of(name: str, world: str, typed: dict) -> dict:
     """Everything of a row's Config that is not the default."""
-    return ROWS[name] | {"steps": STEPS} | WORLDS[world][0] | typed
+    return ROWS[name] | {"steps": STEPS, "eval_every": EVERY} | WORLDS[world][0] | typed
 
 
 def reference(row: str) -> str:

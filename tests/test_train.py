@@ -15,11 +15,12 @@ from torch.testing import assert_close
 
 import train
 from config import build
-from engine import processes
+from engine import checkpoint, processes
 from engine.rng import rng_for
 from model import VideoDiT
 from reward import effective_share
 from rollout import rollout
+from run import NETS, STATE
 
 
 def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
@@ -41,7 +42,7 @@ def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
     done = call(nets, parts, "--steps=6", "--save_every=6", "--resume")
     assert done.returncode == 0, done.stderr
     one, two = state(whole, 6), state(parts, 6)
-    for name in (*train._NETS, *train._STATE):
+    for name in (*NETS, *STATE):
         assert_close(one[name], two[name], rtol=0, atol=0, msg=f"{name} differs after resuming")
     assert [m["step"] for m in metrics(parts)] == [1, 2, 3, 4, 5, 6]
     drop = lambda m: {k: v for k, v in m.items() if k != "seconds"}  # noqa: E731
@@ -63,7 +64,7 @@ torch.save = half
 save_state({str(tmp_path)!r}, 2, {{"config": asdict(Config()), "x": torch.zeros(3)}})
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -signal.SIGKILL
-    loaded = train.checkpoint.load_state(tmp_path, build("tiny", {}))
+    loaded = checkpoint.load_state(tmp_path, build("tiny", {}))
     assert loaded["step"] == 1 and loaded["x"].sum() == 3
 
 
@@ -299,7 +300,7 @@ def test_a_run_is_not_resumed_from_other_nets(nets, tmp_path, monkeypatch, capsy
     argv = (f"--nets={own}", f"--out={tmp_path / 'out'}", *KEYS)
     in_process(monkeypatch, train, *argv, "--steps=1")
     path = own / "teacher.safetensors"
-    header, tensors = train.checkpoint.read_header(path), load_file(path)
+    header, tensors = checkpoint.read_header(path), load_file(path)
     tensors["head.head.bias"] += 1
     save_file(tensors, path, header)
     with pytest.raises(SystemExit) as stopped:
