@@ -1,9 +1,8 @@
-"""How fast does it stream, and what does a training step cost? One table, and what it includes.
+"""How fast does it stream? One table, and what it includes.
 
     python bench.py                      # tiny: eager, on a GPU CUDA graphs as well; --compile adds a mode
     python bench.py wan-1.3b --bf16      # the real shapes on random weights: speed does not depend on them
     python bench.py tiny --long=10000    # is chunk 10,000 as fast as chunk 10?
-    python bench.py tiny --training      # a step of --method against a plain one, alternating
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
 remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
@@ -14,13 +13,10 @@ fresh one take turns, chunk by chunk: a machine's speed changes within minutes.
 from engine import openmp  # isort: skip  (before torch loads)
 
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from itertools import islice, product
-from pathlib import Path
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
-from config import METHODS, BadInput, Config, as_flag, build, cli, read_cli
+from config import BadInput, Config, build, cli, read_cli
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
 from engine.rng import rng_for
@@ -47,9 +43,6 @@ class Flags:
     fps: int = 16  # of the deadline that chunks may miss
     compile: bool = False  # a third mode, torch.compile
     long: int = 0  # also compare a stream this many chunks old with a fresh one
-    training: bool = False  # time steps of train.py instead
-    rounds: int = 4  # of --training: 5 steps of each method a round
-    nets: str = ""  # of --training; default assets/<preset>
     json: bool = False  # one line for machines, not a table
 
 
@@ -182,41 +175,15 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
         return rows
 
 
-def training(preset: str, typed: dict, flags: Flags) -> list[dict]:
-    """Medians of metrics.jsonl's `seconds` over alternating short runs of train.py, first steps left out."""
-    method = build(preset, typed).method
-    plain = typed | METHODS["windowed"] | {"method": "windowed"}
-    methods = {"plain, the same cache": plain, method: typed | {"method": method}}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    script, nets = Path(__file__).with_name("train.py"), [f"--nets={flags.nets}"] * bool(flags.nets)
-    for _, (name, fields) in product(range(flags.rounds), methods.items()):
-        with tempfile.TemporaryDirectory() as folder:
-            fields = {"steps": 6, "critic_warmup": 0, "eval_clips": 1} | fields
-            argv = [as_flag(k, v) for k, v in fields.items()]
-            run = [sys.executable, str(script), preset, *argv, *nets, f"--out={folder}"]
-            done = subprocess.run(run, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = (done.stderr.splitlines() or ["no message"])[-1]
-                raise BadInput(f"train.py ended with {done.returncode}: {said}")
-            lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
-            seconds[name] += [json.loads(line)["seconds"] for line in lines]
-    medians = {name: sorted(taken)[len(taken) // 2] for name, taken in seconds.items()}
-    peak = largest_process("RUSAGE_CHILDREN")
-    return [
-        {"mode": f"a step of {name}", "seconds": s, "ratio": s / next(iter(medians.values())),
-         "steps": len(seconds[name]), "peak MiB": peak} for name, s in medians.items()
-    ]  # fmt: skip
-
-
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     cfg = build(preset, typed)
-    if min(flags.chunks, flags.rounds, flags.fps) < 1 or flags.long < 0:
-        given = f"chunks={flags.chunks} rounds={flags.rounds} fps={flags.fps} long={flags.long}"
+    if min(flags.chunks, flags.fps) < 1 or flags.long < 0:
+        given = f"chunks={flags.chunks} fps={flags.fps} long={flags.long}"
         raise BadInput(f"{given} is not possible; allowed: from 1, --long from 0")
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
-    rows = training(preset, typed, flags) if flags.training else sampling(cfg, flags)
+    rows = sampling(cfg, flags)
     passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")
     where = f"CPU, {torch.get_num_threads()} threads" if cfg.device == "cpu" else cfg.device
     where = torch.cuda.get_device_name() if cfg.device == "cuda" else where

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from runs import KEYS
 
 import bench
 from config import build, cli
@@ -72,15 +71,7 @@ def test_attention_is_counted():
     assert counts[1] - counts[0] == 5 * 2 * 2 * 16 * 16 * 32
 
 
-def test_training(nets, monkeypatch, capsys):  # noqa: F811
-    argv = ("--training", "--rounds=1", "--method=tilted", f"--nets={nets}", *KEYS)
-    rows = call(monkeypatch, capsys, *argv)["rows"]
-    assert [row["mode"] for row in rows] == ["a step of plain, the same cache", "a step of tilted"]
-    assert [row["steps"] for row in rows] == [5, 5] and rows[0]["ratio"] == 1
-    assert all(row["seconds"] > 0 and row["peak MiB"] > 50 for row in rows)
-
-
-@pytest.mark.parametrize("argv", [["--chunks=0"], ["--long=-1"], ["--training", "--nets=/nowhere"]])
+@pytest.mark.parametrize("argv", [["--chunks=0"], ["--long=-1"]])
 def test_bad_input(argv, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, capsys, *argv)
