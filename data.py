@@ -91,6 +91,11 @@ class ClipFolder:
             prompts.append(text)
         return Batch(torch.stack(videos), prompts, [free_words(p) for p in prompts])
 
+    draw = batch  # there is nothing to render
+
+    def pixels(self, drawn: Batch, device: str) -> Tensor:
+        return drawn.video01.to(device)
+
 
 class PromptFile:
     """Prompts alone, one a line: what distilling Wan needs. A caption is one "word", the whole prompt."""

@@ -13,20 +13,21 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
 from data import PromptFile, source_of
 from engine import checkpoint
+from engine.learn import Stage, learn
 from engine.processes import pick_device
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
@@ -36,9 +37,6 @@ from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
 from world.corrupt import pairs, worse_looks, worse_motion
 from world.words import tokenize
-
-# may change between a run and its continuation
-FREE = ("device", "threads", "save_every", "eval_every", "eval_clips", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,8 @@ class Flags:
     steps: int = 0  # updates; 0: the stage's own
     batch: int = 0  # clips an update; 0: the stage's own
     lr: float = 0.0  # Muon's, AdamW's is half of it; 0: the stage's own
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    steps: int
-    batch: int
-    lr: float
-    expect: str
-    ema: float = 0.998
+    workers: int = 0  # processes that draw clips ahead of time, the same ones; a GPU waits for one core
+    compile: bool = False  # a transformer's blocks, for training
 
 
 STAGES = {
@@ -70,65 +60,6 @@ STAGES = {
     "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
     "reward": Stage("reward", 1600, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
-
-
-def learn(stage: Stage, net: nn.Module, loss_of: Callable, cfg: Config, flags: Flags):
-    """Minimise loss_of(net, averaged, step): warm-up, constant, linear decay over the last 40 %."""
-    folder = checkpoint.writable_folder(f"{flags.out}/{stage.name}-state")
-    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
-    opts = optimizers(net, stage.lr)
-    state = checkpoint.load_state(folder, cfg, FREE, flags.resume)
-    if state:
-        then, now = (stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
-        if then != now:
-            raise BadInput(f"--resume: {folder} was made with {then}, this run has {now}")
-        net.load_state_dict(state["net"])
-        averaged.load_state_dict(state["averaged"])
-        for opt, saved in zip(opts, state["opts"], strict=True):
-            opt.load_state_dict(saved)
-    stop = checkpoint.stop_on_signal()
-    first = state["step"] if state else 0
-    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name, mininterval=2)
-    smooth, bad = None, 0
-    for step in bar:
-        warm, left = (step + 1) / 100, (stage.steps - step) / (0.4 * stage.steps)
-        for opt in opts:
-            opt.param_groups[0]["lr"] = opt.defaults["lr"] * min(1.0, warm, left)
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-            loss = loss_of(net, averaged.module, step)
-        loss.backward()
-        finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
-        bad = 0 if finite else bad + 1
-        if bad >= cfg.max_bad:
-            sys.exit(f"{bad} steps in a row were not finite, stopped in step {step}; {folder} is intact")
-        for opt in opts:
-            if finite:
-                opt.step()
-            opt.zero_grad()
-        if finite:
-            averaged.update_parameters(net)
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if (step + 1) % 500 == 0 or step + 1 == stage.steps or stop:
-            nets = {"net": net.state_dict(), "averaged": averaged.state_dict()}
-            run = {"opts": [o.state_dict() for o in opts], "config": asdict(cfg), "stage": asdict(stage)}
-            checkpoint.save_state(folder, step + 1, nets | run)
-        if stop:
-            print(f"stopped after step {step + 1}; --resume goes on from there")
-            sys.exit(0)
-    checkpoint.die_on_signal()
-    return averaged.module.eval()
-
-
-def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; a transformer's matrices get Muon, which needs clearly fewer clips here (docs/log.md)."""
-    matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if isinstance(net, VideoDiT) else []
-    taken = {id(p) for p in matrices}
-    rest = [p for p in net.parameters() if id(p) not in taken]
-    adam = torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
-    if not matrices:
-        return [adam]
-    return [adam, torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
 def made(kind: str, cfg: Config, flags: Flags) -> nn.Module:
@@ -154,25 +85,43 @@ def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Mo
     torch.manual_seed(cfg.seed)
     net = started(cfg, flags, "codec") or Codec(cfg)
 
-    def loss_of(net, averaged, step):
-        video = source.batch(keys(cfg, stage, step), torch.tensor([0, 2, 4])).video01
+    def draw(step):
+        drawn = source.draw(keys(cfg, stage, step), torch.tensor([0, 2, 4]))
         rng = rng_for(cfg.seed, "codec noise", step)
-        noise = torch.randn(len(video), 3, *cfg.latent_shape, generator=rng)
-        return net.train().loss(video.to(cfg.device), noise.to(cfg.device))
+        return drawn, torch.randn(stage.batch, 3, *cfg.latent_shape, generator=rng)
 
-    return learn(stage, net.to(cfg.device), loss_of, cfg, flags)
+    def loss_of(net, averaged, step, drawn, noise):
+        return net.train().loss(source.pixels(drawn, cfg.device), noise)
+
+    return learn(stage, net.to(cfg.device), draw, loss_of, cfg, flags)
 
 
-def noisy_batch(cfg: Config, stage: Stage, step: int, source, codec, times=None):
-    """Latents (b f c h w) of fresh clips, their noise, and text (b l e), dropped from one in ten."""
-    batch = source.batch(keys(cfg, stage, step), times)
-    with torch.no_grad():
-        x = codec.encode(batch.video01.to(cfg.device)).float()
-    rngs = [rng_for(*key, "noise") for key in keys(cfg, stage, step)]
-    noise = randn(rngs, *x.shape[1:], device=cfg.device)
-    keep = torch.stack([torch.rand((), generator=g) > 0.1 for g in rngs])
-    text = tokenize(batch.words, cfg.text_length, cfg.text_width) * keep[:, None, None]
-    return x, noise, text.to(cfg.device), rngs
+def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, codec, cfg, flags, gaps=False):
+    """`learn` of VideoDiTs, loss_of(net, averaged, x, noise, text, u): latents x of fresh clips and noise
+    (b f c h w), text (b l e), dropped from one in ten, and what draw_t draws for each clip's times.
+
+    gaps: in half of the clips the first chunk lies further back, as sinks do in a long stream.
+    """
+
+    def draw(step):
+        own, times = keys(cfg, stage, step), torch.arange(cfg.pixel_frames)
+        if gaps:
+            rng = rng_for(cfg.seed, "gap", step)
+            gap = torch.randint(0, 4 * cfg.frames, (stage.batch, 1), generator=rng)
+            gap *= torch.rand(stage.batch, 1, generator=rng) < 0.5
+            times = times + gap * (times >= 1 + (cfg.chunk - 1) * cfg.time_stride)  # after the first chunk
+        drawn, rngs = source.draw(own, times), [rng_for(*key, "noise") for key in own]
+        noise = randn(rngs, cfg.frames, *cfg.latent_shape)
+        keep = torch.stack([torch.rand((), generator=g) > 0.1 for g in rngs])
+        text = tokenize(drawn.words, cfg.text_length, cfg.text_width) * keep[:, None, None]
+        return drawn, noise, text, torch.stack([draw_t(generator=g) for g in rngs])
+
+    def loss(net, averaged, step, drawn, *given):
+        with torch.no_grad():
+            x = codec.encode(source.pixels(drawn, cfg.device)).float()
+        return loss_of(net, averaged, x, *given)
+
+    return learn(stage, net, draw, loss, cfg, flags, net.blocks)
 
 
 def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
@@ -184,28 +133,26 @@ def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.
     torch.manual_seed(cfg.seed)
     net = started(cfg, flags, "teacher") or VideoDiT(cfg)
 
-    def loss_of(net, averaged, step):
-        x, noise, text, rngs = noisy_batch(cfg, stage, step, source, codec)
-        u = torch.stack([torch.randn((), generator=g) for g in rngs]).sigmoid().to(cfg.device)
-        t = repeat(shift_time(u, cfg.shift), "b -> b f", f=cfg.frames)
+    def loss_of(net, averaged, x, noise, text, z):
+        t = repeat(shift_time(z.sigmoid(), cfg.shift), "b -> b f", f=cfg.frames)
         v, _ = net(add_noise(x, noise, t), t, text)
         return F.mse_loss(v, noise - x)
 
-    return learn(stage, net.to(cfg.device), loss_of, cfg, flags)
+    draw_t = partial(torch.randn, ())
+    return learn_flow(stage, net.to(cfg.device), draw_t, loss_of, source, codec, cfg, flags)
 
 
 def train_causal(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Teacher forcing from the teacher's weights: a noisy chunk, at its own time, sees the clean past."""
     net = made("teacher", cfg, flags)
 
-    def loss_of(net, averaged, step):
-        x, noise, text, rngs = forced_batch(cfg, stage, step, source, codec)
-        u = torch.stack([torch.rand(cfg.chunks, generator=g) for g in rngs]).to(cfg.device)
+    def loss_of(net, averaged, x, noise, text, u):
         t = shift_time(u, cfg.shift).repeat_interleave(cfg.chunk, 1)
         v = forced(net, x, add_noise(x, noise, t), t, text, cfg)
         return F.mse_loss(v, noise - x)
 
-    return learn(stage, net, loss_of, cfg, flags)
+    draw_t = partial(torch.rand, cfg.chunks)
+    return learn_flow(stage, net, draw_t, loss_of, source, codec, cfg, flags, gaps=True)
 
 
 def train_consistency(cfg: Config, stage: Stage, source, codec, flags: Flags, levels: int = 48) -> nn.Module:
@@ -216,9 +163,7 @@ def train_consistency(cfg: Config, stage: Stage, source, codec, flags: Flags, le
     frozen, net = (made("causal", cfg, flags) for _ in range(2))
     grid = shift_time(torch.linspace(0, 1, levels + 1, device=cfg.device), cfg.shift)
 
-    def loss_of(net, averaged, step):
-        x, noise, text, rngs = forced_batch(cfg, stage, step, source, codec)
-        at = torch.stack([torch.randint(levels, (cfg.chunks,), generator=g) for g in rngs]).to(cfg.device)
+    def loss_of(net, averaged, x, noise, text, at):
         s, t = (grid[at + i].repeat_interleave(cfg.chunk, 1) for i in (0, 1))
         xt = add_noise(x, noise, t)
         with torch.no_grad():
@@ -227,17 +172,8 @@ def train_consistency(cfg: Config, stage: Stage, source, codec, flags: Flags, le
             target = to_x0(forced(averaged, x, xs, s, text, cfg), xs, s)
         return F.mse_loss(to_x0(forced(net, x, xt, t, text, cfg), xt, t), target)
 
-    return learn(stage, net, loss_of, cfg, flags)
-
-
-def forced_batch(cfg: Config, stage: Stage, step: int, source, codec):
-    """A noisy batch; in half of its clips the first chunk lies further back, as sinks do in a long stream."""
-    rng = rng_for(cfg.seed, "gap", step)
-    gap = torch.randint(0, 4 * cfg.frames, (stage.batch, 1), generator=rng)
-    gap *= torch.rand(stage.batch, 1, generator=rng) < 0.5
-    times = torch.arange(cfg.pixel_frames)
-    first = 1 + (cfg.chunk - 1) * cfg.time_stride  # pixel frames of the first chunk
-    return noisy_batch(cfg, stage, step, source, codec, times + gap * (times >= first))
+    draw_t = partial(torch.randint, levels, (cfg.chunks,))
+    return learn_flow(stage, net, draw_t, loss_of, source, codec, cfg, flags, gaps=True)
 
 
 def forced(net, x: Tensor, xt: Tensor, t: Tensor, text: Tensor, cfg: Config) -> Tensor:
@@ -266,19 +202,20 @@ def train_reward(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.M
     rivals = rival_clips(cfg, codec, source, flags)
     torch.manual_seed(cfg.seed)
 
-    def loss_of(net, averaged, step):
-        own = keys(cfg, stage, step)
-        rngs = [rng_for(*key, "damage") for key in own]
-        batch = source.batch(own, torch.arange(2 * cfg.pixel_frames))
+    def draw(step):
+        return (source.draw(keys(cfg, stage, step), torch.arange(2 * cfg.pixel_frames)),)
+
+    def loss_of(net, averaged, step, drawn):
+        rngs = [rng_for(*key, "damage") for key in keys(cfg, stage, step)]
         with torch.no_grad():
-            long01 = codec.decode(codec.encode(batch.video01.to(cfg.device))).float().cpu()
-        good, bad, captions = pairs(long01, batch.words, rngs, bool(cfg.data))
+            long01 = codec.decode(codec.encode(source.pixels(drawn, cfg.device))).float()
+        good, bad, captions = pairs(long01, drawn.words, rngs, bool(cfg.data))
         text = torch.stack([tokenize(c, cfg.text_length, cfg.text_width) for c in captions]).to(cfg.device)
         pick = torch.randint(len(rivals[0]), (stage.batch // 2,), generator=rngs[0])
-        video01 = torch.cat([good, *bad, rivals[0][pick]]).to(cfg.device)
+        video01 = torch.cat([good, *bad, rivals[0][pick].to(cfg.device)])
         return bradley_terry(net, video01, text, rivals[1][pick].to(cfg.device))
 
-    return learn(stage, RewardModel(cfg).to(cfg.device), loss_of, cfg, flags)
+    return learn(stage, RewardModel(cfg).to(cfg.device), draw, loss_of, cfg, flags)
 
 
 @torch.no_grad()

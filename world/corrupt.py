@@ -28,7 +28,7 @@ def worse_looks(video01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
         strength = _uniform(rng, 0.3, 1.0)
         x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), strength)
     elif kind == "noise":
-        x = x + _uniform(rng, 0.02, 0.2) * torch.randn(x.shape, generator=rng)
+        x = x + _uniform(rng, 0.02, 0.2) * torch.randn(x.shape, generator=rng).to(x.device)
     elif kind == "wash":
         x = x.mean((0, 2, 3), keepdim=True).lerp(x, _uniform(rng, 0.5, 0.85))
     elif kind == "oversaturate":
@@ -36,7 +36,7 @@ def worse_looks(video01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
         x = 0.5 + (x - 0.5) * _uniform(rng, 1.0, 1.3)
     elif kind == "seams":
         coarse = torch.randn(len(x), 3, x.shape[2] // 8, x.shape[3] // 8, generator=rng)
-        x = x + _uniform(rng, 0.03, 0.12) * F.interpolate(coarse, scale_factor=8)
+        x = x + _uniform(rng, 0.03, 0.12) * F.interpolate(coarse.to(x.device), scale_factor=8)
     else:
         x = x.lerp(x.roll(pick(rng, 3) + 2, dims=0), _uniform(rng, 0.2, 0.5))
     x = x.clamp(0, 1)

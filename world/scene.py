@@ -22,10 +22,12 @@ WEAVE, TURN = 0.35, 0.125  # sideways speed as a share of forward speed; chance 
 
 @dataclass
 class Batch:
-    video01: Tensor  # (b F 3 H W) in [0, 1]
+    video01: Tensor | None  # (b F 3 H W) in [0, 1]; None: drawn, not yet rendered
     prompts: list[str]
     words: list[list[str]]  # what `tokenize` takes
     position: Tensor | None = None  # (b objects F 2) centres in pixels (x, y)
+    radius: Tensor | None = None  # (b objects)
+    meanings: list[list[str]] | None = None  # the scenes, of which `words` may leave something out
 
 
 def shape_alpha(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
@@ -57,6 +59,16 @@ class World:
 
     def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
         """One clip per key (a tuple of ints and words). `times` (F,) or (b F): frames to show, from 0."""
+        drawn = self.draw(keys, times)
+        drawn.video01 = self.pixels(drawn, "cpu")
+        return drawn
+
+    def pixels(self, drawn: Batch, device: str) -> Tensor:
+        """video01 (b F 3 H W), rendered on that device, of what `draw` has drawn."""
+        return self.render(drawn.meanings, drawn.position.to(device), drawn.radius.to(device))
+
+    def draw(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
+        """The same before it is rendered: a few numbers a clip."""
         if times is None:
             times = torch.arange(self.cfg.pixel_frames)
         rngs = [rng_for("world", self.split, *key) for key in keys]
@@ -69,7 +81,7 @@ class World:
         radius = (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * radius) * self.scale
         times = times.expand(len(keys), -1)
         position = position.gather(2, times[:, None, :, None].expand(-1, self.cfg.objects, -1, 2))
-        return Batch(self.render(meanings, position, radius), [caption(m) for m in shown], shown, position)
+        return Batch(None, [caption(m) for m in shown], shown, position, radius, meanings)
 
     def captions(self, keys: list[tuple]) -> list[list[str]]:
         """Words for `tokenize`, one caption per key: those `batch` would draw."""
@@ -111,19 +123,26 @@ class World:
         return torch.stack(paths) % canvas
 
     def render(self, meanings: list[list[str]], position: Tensor, radius: Tensor) -> Tensor:
-        """(b objects F 2), (b objects) → video01 (b F 3 H W); later objects hide earlier ones."""
-        h, w = self.cfg.height, self.cfg.width
-        ys, xs = torch.arange(h) + 0.5, torch.arange(w) + 0.5
-        video = torch.stack([torch.full((position.shape[2], 3, h, w), BACKGROUNDS[m[-1]]) for m in meanings])
-        for b, meaning in enumerate(meanings):
-            for i in range(self.cfg.objects):
-                colour, shape = meaning[4 * i : 4 * i + 2]
-                # (F W), (F H): the shorter way round the torus
-                dx = (xs - position[b, i, :, :1] + w / 2) % w - w / 2
-                dy = (ys - position[b, i, :, 1:] + h / 2) % h - h / 2
-                alpha = shape_alpha(SHAPES.index(shape), dx[:, None, :], dy[:, :, None], radius[b, i])
-                paint = torch.tensor(COLOURS[colour])[:, None, None]
-                video[b] += alpha[:, None] * (paint - video[b])
+        """(b objects F 2), (b objects) → video01 (b F 3 H W), on their device; later objects hide earlier
+        ones.
+
+        Clips whose objects have one shape are painted together: ten things to do for a GPU, not hundreds.
+        """
+        h, w, device = self.cfg.height, self.cfg.width, position.device
+        ys, xs = torch.arange(h, device=device) + 0.5, torch.arange(w, device=device) + 0.5
+        ground = torch.tensor([BACKGROUNDS[m[-1]] for m in meanings], device=device)
+        video = ground.view(-1, 1, 1, 1, 1).repeat(1, position.shape[2], 3, h, w)
+        for i in range(self.cfg.objects):
+            for number, shape in enumerate(SHAPES):
+                which = [b for b, m in enumerate(meanings) if m[4 * i + 1] == shape]
+                paint = torch.tensor([COLOURS[meanings[b][4 * i]] for b in which], device=device)
+                # (b F 1 W), (b F H 1): the shorter way round the torus
+                x, y = position[which, i, :, None].unbind(-1)
+                dx = ((xs - x + w / 2) % w - w / 2)[:, :, None]
+                dy = ((ys - y + h / 2) % h - h / 2)[..., None]
+                alpha = shape_alpha(number, dx, dy, radius[which, i].view(-1, 1, 1, 1))[:, :, None]
+                below = video[which]
+                video[which] = below.add_((paint.view(-1, 1, 3, 1, 1) - below).mul_(alpha))
         return video
 
 

@@ -1,0 +1,97 @@
+"""The loop that trains one network: resumable bit for bit, with a running average, fed by other processes."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import BadInput, Config
+from engine import checkpoint
+from engine.graphs import compiled
+from engine.muon import adam_and_muon
+from engine.processes import autocast
+
+# may change between a run and its continuation
+FREE = ("device", "threads", "save_every", "eval_every", "eval_clips", "max_bad")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    expect: str
+    ema: float = 0.998
+
+
+def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()):
+    """Minimise loss_of(net, averaged, step, *draw(step)): warm-up, constant, linear decay over the last 40 %.
+
+    draw: step → (anything, tensors ...), a function of the step alone, so that it does not matter which
+    process draws and when. flags: out, resume, workers, compile. blocks: a transformer's; their matrices get
+    Muon.
+    """
+    folder = checkpoint.writable_folder(f"{flags.out}/{stage.name}-state")
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
+    opts = adam_and_muon(net, [p for block in blocks for p in block.parameters() if p.ndim == 2], stage.lr)
+    first = go_on(folder, stage, net, averaged, opts, cfg, flags)
+    for block in blocks if flags.compile else []:
+        block.forward = compiled(block.forward, cfg.device)
+    stop = checkpoint.stop_on_signal()
+    drawn_ahead = DataLoader(
+        range(stage.steps), sampler=range(first, stage.steps), batch_size=None, collate_fn=draw,
+        num_workers=flags.workers, multiprocessing_context="fork" if flags.workers else None,
+        pin_memory=cfg.device == "cuda", generator=torch.Generator(),
+    )  # fmt: skip
+    bar = tqdm(drawn_ahead, initial=first, total=stage.steps, desc=stage.name, mininterval=2)
+    smooth, bad = None, 0
+    for step, (drawn, *given) in enumerate(bar, first):
+        warm, left = (step + 1) / 100, (stage.steps - step) / (0.4 * stage.steps)
+        for opt in opts:
+            opt.param_groups[0]["lr"] = opt.defaults["lr"] * min(1.0, warm, left)
+        given = [x.to(cfg.device, non_blocking=True) for x in given]
+        with autocast(cfg):
+            loss = loss_of(net, averaged.module, step, drawn, *given)
+        loss.backward()
+        finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
+        bad = 0 if finite else bad + 1
+        if bad >= cfg.max_bad:
+            sys.exit(f"{bad} steps in a row were not finite, stopped in step {step}; {folder} is intact")
+        if finite:
+            for opt in opts:
+                opt.step()
+            averaged.update_parameters(net)
+            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        net.zero_grad()
+        if (step + 1) % 500 == 0 or step + 1 == stage.steps or stop:
+            nets = {"net": net.state_dict(), "averaged": averaged.state_dict()}
+            run = {"opts": [o.state_dict() for o in opts], "config": asdict(cfg), "stage": asdict(stage)}
+            checkpoint.save_state(folder, step + 1, nets | run)
+        if stop:
+            print(f"stopped after step {step + 1}; --resume goes on from there")
+            sys.exit(0)
+    checkpoint.die_on_signal()
+    return averaged.module.eval()
+
+
+def go_on(folder: Path, stage: Stage, net, averaged, opts: list, cfg: Config, flags) -> int:
+    """Load the newest state, if --resume asks for it → the step to go on with. Raises BadInput."""
+    state = checkpoint.load_state(folder, cfg, FREE, flags.resume)
+    if not state:
+        return 0
+    then, now = (stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
+    if then != now:
+        raise BadInput(f"--resume: {folder} was made with {then}, this run has {now}")
+    net.load_state_dict(state["net"])
+    averaged.load_state_dict(state["averaged"])
+    for opt, saved in zip(opts, state["opts"], strict=True):
+        opt.load_state_dict(saved)
+    return state["step"]
