@@ -40,7 +40,8 @@ def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: 
     """
     folder = checkpoint.writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
-    opts = adam_and_muon(net, [p for block in blocks for p in block.parameters() if p.ndim == 2], stage.lr)
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    opts = adam_and_muon(net, matrices, stage.lr, torch.bfloat16 if cfg.bf16 else torch.float32)
     first = go_on(folder, stage, net, averaged, opts, cfg, flags)
     for block in blocks if flags.compile else []:
         block.forward = compiled(block.forward, cfg.device)

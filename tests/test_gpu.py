@@ -1,16 +1,25 @@
 """What only a GPU can show: `pytest -m gpu`. Skipped where there is none."""
 
+import sys
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
+import torch.distributed as dist
+from runs import SMALL
 from test_model import SINKS
+from torch.testing import assert_close
 
+import config
+import pretrain
+import train
+from engine import processes
 from engine.graphs import CudaGraphs
 from engine.rng import rng_for
-from model import RingCache
-from rollout import directly, stream
+from model import RingCache, VideoDiT
+from rollout import directly, rollout, stream
+from world.scene import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -58,3 +67,97 @@ def test_a_chunk_asks_the_device_nothing(tiny, build):
             seen.append(x)
     torch.cuda.set_sync_debug_mode("default")
     assert torch.cat(seen).isfinite().all()
+
+
+# The bodies of the following run on a CPU as well: by hand, with "cpu" for "cuda".
+def flat(net) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
+
+
+def distilled(device, nets, out):
+    """One step of Stream-R1 → what it logs, and how the student moves."""
+    cfg = config.build("tiny", SMALL | {"device": device})
+    run = train.prepare(cfg, train.Flags(nets=str(nets), out=str(out)), 0, 1)
+    before = flat(run.student)
+    stats = train.update_student(run, 0) | {"critic": train.update_critic(run, "critic", 0, 0)["critic"]}
+    return {k: torch.tensor(float(v)) for k, v in stats.items()}, flat(run.student) - before
+
+
+def test_a_distillation_step_is_the_cpus(nets, tmp_path):
+    """The same noise, times, exit and weights. Adam's first step is a sign: small gradients may turn."""
+    (stats, moved), (exact, wanted) = (distilled(d, nets, tmp_path / d) for d in ("cuda", "cpu"))
+    assert_close(stats, exact, rtol=2e-2, atol=2e-3)
+    assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.95
+
+
+def without_gradient(device, model, cfg, exit) -> list[str]:
+    cfg, model = replace(cfg, bf16=True, device=device), model.to(device)
+    text = torch.randn(2, cfg.text_length, cfg.text_width, device=device)
+    with processes.autocast(cfg):
+        x = rollout(model, text, cfg, [rng_for(i) for i in range(2)], cfg.chunks, exit, grad=True)
+    x.square().mean().backward()
+    return [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("exit", range(4))
+def test_every_parameter_learns_in_bf16(tiny, build, exit, checkpointing):
+    """Catches weights that autocast has cast in a pass without gradient and hands on to the one with it."""
+    model = build(replace(tiny, checkpointing=checkpointing))
+    assert without_gradient("cuda", model, tiny, exit) == []
+
+
+def sharded_gradients(device, build, cfg, rendezvous):
+    """One process, its network sharded and not → flat gradients, and numbers that went through `mean`."""
+    dist.init_process_group(
+        {"cuda": "nccl", "cpu": "gloo"}[device], f"file://{rendezvous}", rank=0, world_size=1
+    )
+    try:
+        cfg, found = replace(cfg, device=device), []
+        for spread in (processes.shard, lambda net, cfg: net):
+            net = spread(build(cfg).to(device), cfg)
+            text = torch.ones(1, cfg.text_length, cfg.text_width, device=device)
+            x = torch.ones(1, cfg.frames, *cfg.latent_shape, device=device)
+            net(x, torch.full((1, cfg.frames), 0.5, device=device), text)[0].square().mean().backward()
+            grads = [p.grad.full_tensor() if processes.is_share(p.grad) else p.grad for p in net.parameters()]
+            found.append(torch.cat([g.flatten() for g in grads]).cpu())
+        assert processes.gather(torch.arange(3.0, device=device)).tolist() == [0, 1, 2]
+        return *found, processes.mean({"a": 1.5}, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_process_talks_to_itself(tiny, build, tmp_path):
+    one, other, mean = sharded_gradients("cuda", build, tiny, tmp_path / "rendezvous")
+    assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert mean == {"a": 1.5}
+
+
+def rendered(device, cfg) -> torch.Tensor:
+    world = World(cfg)
+    return world.pixels(world.draw([("gpu", i) for i in range(20)]), device).cpu()
+
+
+def test_a_world_rendered_here_is_the_cpus():
+    cfg = config.build("small", {})
+    assert_close(rendered("cuda", cfg), rendered("cpu", cfg), rtol=0, atol=1e-3)
+
+
+def pretrained(device, nets, out, monkeypatch) -> torch.Tensor:
+    """How two steps move the teacher, on clips that two processes draw."""
+    typed = {k: SMALL[k] for k in ("dim", "heads", "ffn", "layers", "batch")} | {"device": device}
+    flags = ("--stage=teacher", "--steps=2", "--workers=2", f"--out={out}")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *(f"--{k}={v}" for k, v in typed.items()), *flags])
+    out.mkdir()
+    (out / "codec.safetensors").write_bytes((nets / "codec.safetensors").read_bytes())
+    config.cli(pretrain.main)
+    cfg = config.build("tiny", typed)
+    torch.manual_seed(cfg.seed)
+    after = torch.load(out / "teacher-state" / "step_000002.pt", weights_only=True)["net"]
+    return torch.cat([(after[k].cpu() - p.detach()).flatten() for k, p in VideoDiT(cfg).named_parameters()])
+
+
+def test_pretraining_is_the_cpus(nets, tmp_path, monkeypatch):
+    """Catches processes that do not survive beside a GPU; clips, noise or text that went elsewhere."""
+    one, other = (pretrained(d, nets, tmp_path / d, monkeypatch) for d in ("cuda", "cpu"))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9

@@ -1,5 +1,6 @@
 """The stages before distillation."""
 
+import shutil
 import sys
 
 import pytest
@@ -25,7 +26,7 @@ def call(monkeypatch, *argv):
 
 
 def test_an_interrupted_stage_ends_in_the_same_bits(monkeypatch, tmp_path):
-    """Stopped after 2 of 4 steps by a signal and resumed = never stopped."""
+    """Stopped after 2 of 4 steps by a signal and resumed, other processes drawing = never stopped."""
     call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={tmp_path / 'whole'}")
     parts = tmp_path / "parts"
 
@@ -44,13 +45,25 @@ def test_an_interrupted_stage_ends_in_the_same_bits(monkeypatch, tmp_path):
     assert stopped.value.code == 0
     assert not (parts / "codec.safetensors").exists()
     monkeypatch.setattr(pretrain.checkpoint, "stop_on_signal", list)
-    call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}", "--resume")
+    call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}", "--resume", "--workers=2")
     one, two = (
         torch.load(d / "codec-state" / "step_000004.pt", weights_only=True)
         for d in (tmp_path / "whole", parts)
     )
     assert_close(one["net"], two["net"], rtol=0, atol=0)
     assert_close(one["averaged"], two["averaged"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "causal", "consistency"])
+def test_what_other_processes_draw_is_the_same(monkeypatch, tmp_path, nets, stage):
+    """Clips, noise, texts, times: two steps with three processes leave the bits that one leaves."""
+    weights = []
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        shutil.copytree(nets, out)
+        call(monkeypatch, *SMALL, f"--stage={stage}", "--steps=2", f"--out={out}", f"--workers={workers}")
+        weights.append(torch.load(out / f"{stage}-state" / "step_000002.pt", weights_only=True)["net"])
+    assert_close(*weights, rtol=0, atol=0)
 
 
 def test_a_stage_goes_on_from_nets_that_knew_one_object(monkeypatch, tmp_path, capsys):
