@@ -1,6 +1,7 @@
 """The loop that trains one network: resumable bit for bit, with a running average, fed by other processes."""
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,18 +47,16 @@ def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: 
     for block in blocks if flags.compile else []:
         block.forward = compiled(block.forward, cfg.device)
     stop = checkpoint.stop_on_signal()
-    drawn_ahead = DataLoader(
-        range(stage.steps), sampler=range(first, stage.steps), batch_size=None, collate_fn=draw,
-        num_workers=flags.workers, multiprocessing_context="fork" if flags.workers else None,
-        pin_memory=cfg.device == "cuda", generator=torch.Generator(),
-    )  # fmt: skip
-    bar = tqdm(drawn_ahead, initial=first, total=stage.steps, desc=stage.name, mininterval=2)
-    smooth, bad = None, 0
+    batches = ahead(draw, range(first, stage.steps), cfg, flags.workers)
+    bar = tqdm(batches, initial=first, total=stage.steps, desc=stage.name, mininterval=2)
+    smooth, bad, half, start = None, 0, (first + stage.steps) // 2, time.perf_counter()
     for step, (drawn, *given) in enumerate(bar, first):
+        if step == half:
+            start = time.perf_counter()
         warm, left = (step + 1) / 100, (stage.steps - step) / (0.4 * stage.steps)
         for opt in opts:
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * min(1.0, warm, left)
-        given = [x.to(cfg.device, non_blocking=True) for x in given]
+        given = [x.to(cfg.device, non_blocking=cfg.device == "cuda") for x in given]
         with autocast(cfg):
             loss = loss_of(net, averaged.module, step, drawn, *given)
         loss.backward()
@@ -80,7 +79,18 @@ def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: 
             print(f"stopped after step {step + 1}; --resume goes on from there")
             sys.exit(0)
     checkpoint.die_on_signal()
+    speed = (stage.steps - half) / (time.perf_counter() - start)
+    print(f"{stage.name}: {speed:.1f} steps a second in the later half", flush=True)
     return averaged.module.eval()
+
+
+def ahead(draw: Callable, steps: range, cfg: Config, workers: int) -> DataLoader:
+    """draw(step) of step after step, drawn ahead by that many processes; 0: by this one, when asked for."""
+    return DataLoader(
+        range(steps.stop), sampler=steps, batch_size=None, collate_fn=draw, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # what cannot be pickled may draw
+        pin_memory=cfg.device == "cuda", generator=torch.Generator(),  # the global one is for weights
+    )  # fmt: skip
 
 
 def go_on(folder: Path, stage: Stage, net, averaged, opts: list, cfg: Config, flags) -> int:

@@ -1,7 +1,10 @@
 """The stages before distillation."""
 
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,7 +175,7 @@ def test_bradley_terry_pulls_good_above_bad():
     cfg = build("tiny", {})
     net = RewardModel(cfg)
     clips, text = torch.rand(7 * 2, 16, 3, 32, 32)[:7], torch.randn(4, 2, cfg.text_length, cfg.text_width)
-    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    opt = torch.optim.Adam(net.parameters(), 1e-3)
     losses = []
     for _ in range(30):
         loss = bradley_terry(net, clips, text, text[0, :1])
@@ -181,3 +184,19 @@ def test_bradley_terry_pulls_good_above_bad():
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_to_its_end(tmp_path):
+    """Every command of .ci/gpu on tiny shapes; what it brings home fits; a second call does nothing."""
+    script = Path(__file__).resolve().parent.parent / ".ci" / "gpu"
+    env = os.environ | {"WORK": str(tmp_path / "work"), "OMP_NUM_THREADS": "1"}
+    words = ["bash", str(script), str(tmp_path / "out"), "--rehearse"]
+    first, second = (subprocess.run(words, env=env, capture_output=True, text=True) for _ in range(2))
+    rows = (tmp_path / "out" / "table.txt").read_text().splitlines()
+    parts = "bench-small bench-wan causal codec probe reward student teacher tests".split()
+    assert [row.split(" | ")[0] for row in rows] == parts, first.stdout + first.stderr
+    assert all(" | exit 0 | " in row for row in rows), first.stdout
+    assert second.stdout.splitlines() == rows and not second.stderr
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) <= 8 and {"teacher.safetensors", "student.safetensors"} <= {f.name for f in files}
