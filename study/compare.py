@@ -34,6 +34,7 @@ from world.scene import World
 from world.words import caption, tokenize
 
 FAR, FEW = 9, 64  # drift is measured at this many times the training length, on that many prompts
+MACHINE = ("device", "threads", "save_every")  # how and where a run computes, not what
 
 
 def compare(names: list[str], typed: dict, how) -> None:
@@ -48,7 +49,8 @@ def compare(names: list[str], typed: dict, how) -> None:
     facts = {"world": how.world, "clips": how.clips, "nets": fingerprint(nets)}
     for seed, name in product(range(how.seeds), names):
         fields = fields_of(name, how.world, typed) | {"seed": seed}
-        command = " ".join(["python train.py", *(as_flag(k, v) for k, v in fields.items())])
+        typed_as = [as_flag(k, v) for k, v in fields.items() if k not in MACHINE]
+        command = " ".join(["python train.py", *typed_as])
         run = {"row": name, "seed": seed, **facts, "command": command}
         folder = writable_folder(str(how.runs / how.world / f"{name}-{seed}"), "--runs")
         try:
@@ -78,7 +80,7 @@ def train_and_measure(run: dict, fields: dict, folder: Path, nets: Path) -> list
     cfg = build("tiny", fields)
     run = run | {"steps": cfg.steps, "batch": cfg.batch}
     if not trained(folder, cfg, nets):
-        words = [sys.executable, str(ROOT / "train.py"), *run["command"].split()[2:]]
+        words = [sys.executable, str(ROOT / "train.py"), *(as_flag(k, v) for k, v in fields.items())]
         resume = ["--resume"] if list(folder.glob("step_*.pt")) else []
         done = subprocess.run([*words, f"--nets={nets}", f"--out={folder}", *resume], check=False)
         if done.returncode == 2:  # it has said why
@@ -98,7 +100,7 @@ def trained(folder: Path, cfg: Config, nets: Path) -> bool:
         return False
     kinds = ("codec", "teacher", "causal", *["reward"] * cfg.weighted)
     asked = asdict(cfg) | {"origin": {"nets": fingerprint(nets, kinds), "start": ""}}
-    made, free = json.loads(path.read_text()), ("device", "save_every", "torch", "world")
+    made, free = json.loads(path.read_text()), (*MACHINE, "torch", "world")
     one, two = ({k: v for k, v in each.items() if k not in free} for each in (made, asked))
     return one == json.loads(json.dumps(two))  # lists for tuples, as in the file
 

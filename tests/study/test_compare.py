@@ -71,7 +71,7 @@ def test_table_trains_measures_resumes(where, tmp_path, monkeypatch, capsys):
     assert len(more) == 2 * 3 + 5 and len(trainings) == 2
     assert all(line["seconds"] == found[line["row"]]["within"]["seconds"] for line in more)
     before = (tmp_path / "r.csv").read_bytes()
-    call(monkeypatch, *where, "--steps=1")
+    call(monkeypatch, *where, "--steps=1", "--threads=1")
     assert (tmp_path / "r.csv").read_bytes() == before and len(trainings) == 2
     with pytest.raises(SystemExit):
         call(monkeypatch, *where, "--steps=2")
@@ -92,6 +92,7 @@ def test_what_counts_as_trained(nets, tmp_path):
 
     assert not compare.trained(tmp_path, cfg, nets), "an empty folder"
     assert ends(made, 50) and not ends(made, 30) and not ends(made, 0)
+    assert ends(made | {"threads": 3, "device": "cuda"}, 50), "another machine"
     assert not ends(made, 50, build("tiny", {"steps": 50, "seed": 1})) and not ends(made | {"gone": 1}, 50)
     assert not ends(made | {"origin": made["origin"] | {"start": "a.safetensors"}}, 50)
     assert not ends({k: v for k, v in made.items() if k != "origin"}, 50)
