@@ -13,7 +13,6 @@ fresh one take turns, chunk by chunk: a machine's speed changes within minutes.
 from engine import openmp  # isort: skip  (before torch loads)
 
 import json
-import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,15 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from codec import Codec
 from config import BadInput, Config, build, cli, read_cli
 from engine.graphs import CudaGraphs, compiled
-from engine.processes import pick_device
+from engine.processes import largest_process, pick_device
 from engine.rng import rng_for
 from model import RingCache, VideoDiT
 from rollout import directly, step_grid, stream
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
 
 
 @dataclass(frozen=True)
@@ -56,14 +50,6 @@ def peak_memory(cfg: Config) -> float:
     if cfg.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return largest_process("RUSAGE_SELF")
-
-
-def largest_process(who: str) -> float:
-    """MiB of resident memory at its peak; nan on Windows, where Python does not know it."""
-    if resource is None:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return resource.getrusage(vars(resource)[who]).ru_maxrss * unit / 2**20
 
 
 def matmul_peak(cfg: Config) -> float:

@@ -109,7 +109,6 @@ class Config:
     max_bad: int = 8  # steps in a row with a non-finite sample before the run stops
 
     def __post_init__(self):
-
         def check(name: str, fine: bool, allowed: str):
             if not fine:
                 raise BadInput(f"{name}={getattr(self, name)} is not possible; allowed: {allowed}")
@@ -206,8 +205,7 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(),
     "small": Config(
         preset="small", height=64, width=64, objects=2, frames=24, dim=192, ffn=768, layers=8, heads=6,
-        text_length=9, batch=64, steps=1000, critic_steps=5, bf16=True, window=4, save_every=50,
-        eval_every=25,
+        text_length=9, batch=64, steps=1000, critic_steps=5, bf16=True, window=4, eval_every=25,
     ),
     "wan-1.3b": Config(
         preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
@@ -258,13 +256,6 @@ def _add_field(parser: argparse.ArgumentParser, f) -> None:
         parser.add_argument(flag, type=_parse(f.type))
 
 
-def as_flag(name: str, value) -> str:
-    """A field as it is typed."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-
 def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
     """Read `[preset] [--key=value ...]` → (Config, flags or None). Raises BadInput.
 
@@ -281,15 +272,15 @@ def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str,
     parser = _Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
     parser.add_argument("preset", nargs="?", default="")
     parser.add_argument("--config", default="")
-    for name in ("--help", "-h", "--help-all"):
-        parser.add_argument(name, action="store_true", default=False)
+    parser.add_argument("--help", "-h", action="store_true", default=False)
+    parser.add_argument("--help-all", action="store_true", default=False)
     for f in (*own.values(), *shared.values()):
         _add_field(parser, f)
     known, unknown = parser.parse_known_args(argv)
     typed = vars(known)
-    asked, path, *help_ = (typed.pop(name) for name in ("preset", "config", "help", "h", "help_all"))
-    if any(help_):
-        print(help_text(doc, flags, asked if asked in PRESETS else "tiny", typed, everything=help_[-1]))
+    asked, path, some, everything = (typed.pop(k) for k in ("preset", "config", "help", "help_all"))
+    if some or everything:
+        print(help_text(doc, flags, asked if asked in PRESETS else "tiny", typed, everything))
         sys.exit()
     if unknown:
         word = unknown[0].lstrip("-").partition("=")[0]
@@ -304,14 +295,12 @@ def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str,
     return made, saved | theirs, flags(**ours) if flags else None
 
 
-_MACHINE = {"device": "auto", "threads": 0}  # what is chosen anew on another one
-
-
 def saved_settings(path: str) -> tuple[str, dict]:
     """A run's config.json → its preset, its method and where it departs from both. Raises BadInput."""
     try:
         text = Path(path).read_text()
-        made = replace(from_words(text), preset=json.loads(text)["preset"], **_MACHINE)
+        # what a machine decides is chosen anew on another one
+        made = replace(from_words(text), preset=json.loads(text)["preset"], device="auto", threads=0)
         plain = build(made.preset, {"method": made.method})
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise BadInput(f"--config={path} is no config.json of a run: {error}") from error

@@ -5,19 +5,14 @@ for video01 in student.stream("a red circle moving left slowly", seed=1):
     ...                                                # (F 3 H W) in [0, 1], a chunk at a time, for ever
 """
 
-import math
 from collections.abc import Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor
 
-from config import BadInput  # all imports stand here: torch.hub finds this folder while it loads, not later
 from engine.graphs import CudaGraphs
-from engine.rng import rng_for
-from model import RingCache
-from rollout import directly, stream
-from sample import Flags, open_networks
+from rollout import directly
+from sample import Flags, decoded, open_networks
 
 dependencies = ["torch", "numpy", "einops", "imageio", "safetensors", "tqdm"]
 
@@ -36,18 +31,12 @@ class Student:
         self.net = net.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
 
     def stream(self, prompt: str, seed: int = 0, frames: int | None = None) -> Iterator[Tensor]:
-        """Yield video01 (F 3 H W) in [0, 1] on the CPU, chunk by chunk: `frames` in all, or for ever."""
-        if frames is not None and frames < 1:
-            raise BadInput(f"frames={frames} is not possible; allowed: 1 or more, or None")
-        return self._decoded(self.read(prompt).to(self.cfg.device), seed, frames)
-
-    @torch.no_grad()
-    def _decoded(self, text: Tensor, seed: int, frames: int | None) -> Iterator[Tensor]:
-        cfg, decode, rngs = self.cfg, self.codec.stream(), [rng_for(seed, "sample", 0)]
-        cache = RingCache(self.net, cfg, batch=1, dtype=self.net.patch_embedding.weight.dtype)
-        call = CudaGraphs() if cfg.device == "cuda" else directly
-        parts = stream(self.net, text, cfg, rngs, cache=cache, call=call)
-        for x in islice(parts, frames and math.ceil(frames / cfg.chunk)):
-            video01 = decode(x)[0, :frames].float().cpu()
-            frames = frames and frames - len(video01)
+        """Yield video01 (F 3 H W) in [0, 1] chunk by chunk: `frames` in all, or for ever. Raises BadInput."""
+        texts = {0: self.read(prompt).to(self.cfg.device)}
+        call = CudaGraphs() if self.cfg.device == "cuda" else directly
+        for video01 in decoded(self.net, self.codec, texts, self.cfg, seed, call=call):
+            video01 = video01[:frames].clone()  # a tensor that a person may compute with
             yield video01
+            frames = frames and frames - len(video01)
+            if frames == 0:
+                return

@@ -298,9 +298,9 @@ def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
-    if min(flags.steps, flags.batch, flags.lr) < 0:
-        typed = f"steps={flags.steps} batch={flags.batch} lr={flags.lr}"
-        raise BadInput(f"{typed} is not possible; allowed: from 0")
+    for name in ("steps", "batch", "lr", "workers"):
+        if vars(flags)[name] < 0:
+            raise BadInput(f"{name}={vars(flags)[name]} is not possible; allowed: from 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
     out = checkpoint.writable_folder(flags.out)
@@ -312,9 +312,9 @@ def main() -> None:
     if kind not in {"", "codec", "teacher"} & {"", *stages}:
         raise BadInput(f"--start={flags.start} is a {kind}; allowed: a codec or teacher, for its own stage")
     for name in stages:
-        own = {k: getattr(flags, k) for k in ("steps", "batch", "lr") if getattr(flags, k)}
-        stage = replace(STAGES[name], **own)
-        print(f"{name}: {stage.steps} steps of {stage.batch} clips; expect {stage.expect}", flush=True)
+        stage = replace(STAGES[name], **{k: v for k in ("steps", "batch", "lr") if (v := vars(flags)[k])})
+        expect = f"; expect {stage.expect}" * (not cfg.data)  # of the world; clips of one's own may be harder
+        print(f"{name}: {stage.steps} steps of {stage.batch} clips{expect}", flush=True)
         start = time.perf_counter()
         codec = None if name == "codec" else made("codec", cfg, flags)
         net = TRAINERS[name](cfg, stage, source, codec, flags)

@@ -64,8 +64,11 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
     if state and state.get("origin") != nets.origin:
         what = f"--resume: {out} began from others of what --nets, --start, --wan or --data name"
         raise BadInput(f"{what}: {state.get('origin')}, not {nets.origin}")
+    spread = cfg.shard and world > 1
+    if spread:
+        from wan.shards import shard  # takes a second to load
     for net in (nets.teacher, nets.student, nets.ema, nets.critic):
-        processes.shard(net, cfg) if cfg.shard and world > 1 else net.to(cfg.device)
+        shard(net, cfg) if spread else net.to(cfg.device)
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
     student_opt = torch.optim.AdamW(nets.student.parameters(), lr=cfg.lr, **adam)
     critic_opt = torch.optim.AdamW(nets.critic.parameters(), lr=cfg.critic_lr, **adam)
@@ -86,7 +89,7 @@ NETS, STATE = ("student", "critic", "ema"), ("student_opt", "critic_opt", "balan
 
 
 def parts(run: Run) -> tuple[dict, dict]:
-    """What checkpoint.save_shards wants: networks, and optimizers with what they move."""
+    """What wan.shards saves: networks, and optimizers with what they move."""
     opts = {"student_opt": (run.student, run.student_opt), "critic_opt": (run.critic, run.critic_opt)}
     return {name: getattr(run, name) for name in NETS}, opts
 
@@ -94,9 +97,9 @@ def parts(run: Run) -> tuple[dict, dict]:
 def save(run: Run) -> None:
     facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
     if run.cfg.shard:
-        checkpoint.save_shards(
-            run.out, run.step, *parts(run), facts | {"balancer": run.balancer.state_dict()}
-        )
+        from wan.shards import save_shards
+
+        save_shards(run.out, run.step, *parts(run), facts | {"balancer": run.balancer.state_dict()})
     elif run.rank == 0:
         state = {name: getattr(run, name).state_dict() for name in (*NETS, *STATE)}
         checkpoint.save_state(run.out, run.step, state | facts)
@@ -104,7 +107,9 @@ def save(run: Run) -> None:
 
 def restore(run: Run, state: dict) -> None:
     if "shards" in state:
-        checkpoint.load_shards(state["shards"], *parts(run))
+        from wan.shards import load_shards
+
+        load_shards(state["shards"], *parts(run))
         run.balancer.load_state_dict(state["balancer"])
     else:
         for name in (*NETS, *STATE):

@@ -13,12 +13,10 @@ the meaning changes.
 
 from engine import openmp  # isort: skip  (before torch loads)
 
-import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codec import Codec
-from config import METHODS, ROOT, BadInput, Config, build, cli, from_words, read_cli
+from config import ROOT, BadInput, Config, build, cli, from_words, read_cli
 from data import read_clip, understand
-from engine.checkpoint import is_ours, read_header, writable_folder, write_atomically
+from engine.checkpoint import read_header, write_atomically
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
 from engine.rng import rng_for
-from engine.sheet import contact_sheet, to_uint8, write_video
+from engine.sheet import contact_sheet, to_uint8, video_path, write_video
 from model import RingCache
 from networks import load_net
 from rollout import directly, stream
 from world.words import left_open, tokenize
-
-FORMATS = (".mp4", ".gif", ".webp")
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,9 @@ class Flags:
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
-    out = check_output(flags)
+    out = video_path(flags.out)
+    if flags.frames < 1:
+        raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
     cfg, student, codec, read = open_networks(preset, typed, flags)
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # one alone is as fast there, and no burden
     past = start_from(flags.init, codec.to(cfg.device), cfg)
@@ -71,18 +69,22 @@ def main() -> None:
     if flags.compile:
         student.run = compiled(student.run, cfg.device)
     call = CudaGraphs() if flags.graph and cfg.device == "cuda" else directly
-    seconds: list[float] = []
-    rows = stretches(plan, flags.frames)
+    rows, seconds = stretches(plan, flags.frames), []
     kept = {i: torch.empty(0) for shown in rows.values() for i in shown}
+    latents = 1 + math.ceil((flags.frames - 1) / cfg.time_stride)
 
     def frames() -> Iterator[np.ndarray]:
-        """Decoded frames as they come, the given ones first."""
-        parts = decoded(student, codec, texts, cfg, flags, past, call, seconds)
-        for i, frame in enumerate(islice((f for part in parts for f in part), flags.frames)):
-            if i in kept:
-                kept[i] = frame
-            # enlarged by nearest neighbour
-            yield np.kron(to_uint8(frame).numpy(), np.ones((zoom(cfg), zoom(cfg), 1), np.uint8))
+        """Frames as they come, enlarged by nearest neighbour."""
+        parts, i = decoded(student, codec, texts, cfg, flags.seed, past, call), 0
+        for chunk in tqdm(range(math.ceil(latents / cfg.chunk)), unit="chunk"):
+            start = time.perf_counter()
+            video01 = next(parts)
+            seconds.extend([time.perf_counter() - start] * (chunk >= len(past)))
+            for frame in video01[: flags.frames - i]:
+                if i in kept:
+                    kept[i] = frame
+                yield np.kron(to_uint8(frame).numpy(), np.ones((zoom(cfg), zoom(cfg), 1), np.uint8))
+                i += 1
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     sheet = {caption: torch.stack([kept[i] for i in shown]) for caption, shown in rows.items()}
@@ -91,21 +93,14 @@ def main() -> None:
     report(seconds, cfg, out, " in ".join(how) or "eager")
 
 
-def decoded(student, codec, texts, cfg: Config, flags: Flags, past, call, seconds: list) -> Iterator[Tensor]:
-    """video01 (F 3 H W) chunk after chunk, the given ones first; notes the seconds each new one took."""
-    decode, rngs = codec.stream(), [rng_for(flags.seed, "sample", 0)]
-    latents = 1 + math.ceil((flags.frames - 1) / cfg.time_stride)
-    chunks = max(0, math.ceil(latents / cfg.chunk) - len(past))
+@torch.inference_mode()
+def decoded(student, codec, texts, cfg: Config, seed: int, past=(), call=directly) -> Iterator[Tensor]:
+    """video01 (F 3 H W) on the CPU: the given chunks, then one new chunk after another, for ever."""
+    decode, rngs = codec.stream(), [rng_for(seed, "sample", 0)]
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
-    with torch.inference_mode():
-        yield from (decode(x)[0].float().cpu() for x in past)
-        start = time.perf_counter()
-        parts = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call)
-        for x in tqdm(islice(parts, chunks), total=chunks, unit="chunk"):
-            video01 = decode(x)[0].float().cpu()
-            seconds.append(time.perf_counter() - start)
-            yield video01
-            start = time.perf_counter()
+    yield from (decode(x)[0].float().cpu() for x in past)
+    for x in stream(student, texts, cfg, rngs, past=past, cache=cache, call=call):
+        yield decode(x)[0].float().cpu()
 
 
 def open_networks(preset: str, typed: dict, flags: Flags):
@@ -117,18 +112,12 @@ def open_networks(preset: str, typed: dict, flags: Flags):
         raise BadInput("--wan has no few-step student inside; name one: --student=FILE")
     if not path.exists():
         raise BadInput(f"no student at {path}; 'python train.py {preset}' makes one, then --student=FILE")
-    foreign = flags.wan and not is_ours(path)
-    if foreign and "method" not in typed:
-        raise BadInput(f"{path} does not say how it remembers; say it: --method={' | '.join(METHODS)}")
-    made = json.dumps(asdict(build(preset, typed))) if foreign else ""
-    header = {"kind": "student", "config": made} if foreign else read_header(path)
-    cfg = student_config(header, preset, typed, flags.steps)
     if flags.wan:
-        from wan.weights import load_text, load_vae, open_wan
+        from wan.networks import open_student  # diffusers and transformers take seconds
 
-        student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
-        text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
-        return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
+        return open_student(path, preset, typed, flags, student_config)
+    header = read_header(path)
+    cfg = student_config(header, preset, typed, flags.steps)
     student = load_net(path, cfg, header["kind"])
     codec = load_net(find_codec(flags.codec, path, header), cfg, "codec")
     vocabulary = header.get("vocabulary", "").split()
@@ -164,19 +153,6 @@ def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config
     if cfg.preset != preset:
         raise BadInput(f"the student is of preset {cfg.preset!r}, asked for was {preset!r}")
     return replace(cfg, device=pick_device(cfg))
-
-
-def check_output(flags: Flags) -> Path:
-    """Fail before the work, not after it. Raises BadInput."""
-    out = Path(flags.out)
-    if out.suffix not in FORMATS:
-        raise BadInput(f"--out={flags.out} is not possible; allowed endings: {' '.join(FORMATS)}")
-    if out.is_dir():
-        raise BadInput(f"--out={flags.out} is a folder; name a file")
-    if flags.frames < 1:
-        raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
-    writable_folder(str(out.parent))
-    return out
 
 
 def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]]:

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -134,54 +132,8 @@ def save_state(folder: Path, step: int, state: dict) -> Path:
     return path
 
 
-def save_shards(folder: Path, step: int, nets: dict, opts: dict, facts: dict) -> None:
-    """The same for networks that are spread over processes, as the folder step_%06d: each writes its share.
-
-    nets: {name: network}; opts: {name: (network, optimizer)}; facts: what JSON can hold. The index that
-    torch.distributed.checkpoint adds is a pickle: open only what you have written yourself.
-    """
-    import torch.distributed.checkpoint as dcp  # a second of everybody's start, if at the top
-
-    path, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}"
-    dcp.save(_shards(nets, opts), checkpoint_id=temporary)
-    if processes.rank() == 0:
-        text = json.dumps(facts | {"step": step})
-        write_atomically(temporary / "facts.json", lambda name: name.write_text(text))
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-        for old in sorted(p for p in folder.glob("step_*") if p != path)[:-1]:
-            shutil.rmtree(old)
-    processes.wait()
-
-
-def load_shards(path: Path, nets: dict, opts: dict) -> None:
-    """Into networks and optimizers, spread over any number of processes. Raises BadInput."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
-
-    state = _shards(nets, opts)
-    try:
-        dcp.load(state, checkpoint_id=path)
-    except (Exception, dcp.CheckpointException) as error:  # a share is missing, cut short, of another network
-        what = f"{path} cannot be read ({type(error).__name__})"
-        raise BadInput(f"{what}; delete it to go on from the one before") from error
-    for name, net in nets.items():
-        set_model_state_dict(net, state[name])
-    for name, (net, opt) in opts.items():
-        set_optimizer_state_dict(net, opt, state[name])
-
-
-def _shards(nets: dict, opts: dict) -> dict:
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-
-    # one process alone is nothing to be warned of, here or by what reads and writes the shards
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-    state = {name: get_model_state_dict(net) for name, net in nets.items()}
-    return state | {name: get_optimizer_state_dict(net, opt) for name, (net, opt) in opts.items()}
-
-
 def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bool = True) -> dict | None:
-    """The newest state in `folder`, or None; of one that `save_shards` wrote the facts, and its path under
+    """The newest state in `folder`, or None; of one that wan/shards.py wrote the facts, and its path under
     "shards". Raises BadInput if it is unreadable or of another config, or if there is one and a new run was
     to start.
 

@@ -24,18 +24,16 @@ class Muon(torch.optim.Muon):
             grads = [p.grad for p in params]
             means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            ahead = torch.stack(torch._foreach_lerp(grads, means, group["momentum"])).to(
-                self.dtype
-            )  # Nesterov's
-            whole = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            ahead = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
+            whole = orthogonal(
+                ahead.to(self.dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             size = 0.2 * math.sqrt(max(shape))  # match_rms_adamw: as large as AdamW's steps
             torch._foreach_add_(params, list(whole.float().unbind()), alpha=-group["lr"] * size)
 
 
-def adam_and_muon(
-    net: torch.nn.Module, matrices: list, lr: float, dtype: torch.dtype
-) -> list[torch.optim.Optimizer]:
+def adam_and_muon(net: torch.nn.Module, matrices: list, lr: float, dtype: torch.dtype) -> list:
     """AdamW, but Muon for `matrices`, which needs clearly fewer clips here (docs/log.md)."""
     taken = {id(p) for p in matrices}
     rest = [p for p in net.parameters() if id(p) not in taken]

@@ -1,12 +1,18 @@
 """One process or many: the only lines in which processes talk to each other. All of it is a no-op for one."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import BadInput, Config
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 
 def start(cfg: Config) -> tuple[int, int, str]:
@@ -35,27 +41,6 @@ def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def shard(net: nn.Module, cfg: Config) -> nn.Module:
-    """FSDP2, in place: a process keeps its share of every parameter and fetches the others' block by block.
-
-    Blocks travel and compute in bf16 if cfg.bf16; what is outside of them, the time embedding too, stays
-    in fp32. The text is read once a rollout, apart from the passes: cross-attention is a unit of its own.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # a second of everybody's start, if at the top
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    low = MixedPrecisionPolicy(torch.bfloat16 if cfg.bf16 else None, torch.float32, cast_forward_inputs=False)
-    how = dict(mesh=init_device_mesh(cfg.device, (world(),)), reshard_after_forward=True)
-    for block in net.blocks:
-        fully_shard(block.cross_attn, mp_policy=low, **how)
-        register_fsdp_forward_method(block.cross_attn, "read")
-        fully_shard(block, mp_policy=low, **how)
-    fully_shard(net, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
-    for method in ("run", "read_time", "read_text"):
-        register_fsdp_forward_method(net, method)
-    return net
 
 
 def is_share(x: Tensor) -> bool:
@@ -127,3 +112,11 @@ def any_of(flag: bool, device: str) -> bool:
 def may(flag: bool, cfg: Config) -> bool:
     """Whether to run a network. With shards that takes all processes, so all have to say so."""
     return not any_of(not flag, cfg.device) if cfg.shard else bool(flag)
+
+
+def largest_process(who: str) -> float:
+    """MiB of resident memory at its peak; nan on Windows, where Python does not know it."""
+    if resource is None:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(vars(resource)[who]).ru_maxrss * unit / 2**20

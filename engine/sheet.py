@@ -9,7 +9,10 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
+from config import BadInput
+from engine.checkpoint import writable_folder, write_atomically
+
+FORMATS = (".mp4", ".gif", ".webp")
 
 
 def to_uint8(video01: Tensor) -> Tensor:
@@ -31,6 +34,17 @@ def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: in
             image = Image.fromarray(frame).resize((w * scale, h * scale), Image.Resampling.NEAREST)
             sheet.paste(image, (f * (w * scale + gap), top + label))
     write_atomically(path, lambda name: sheet.save(name))
+
+
+def video_path(path: str) -> Path:
+    """A file that `write_video` can write: known before the work, not after it. Raises BadInput."""
+    out = Path(path)
+    if out.suffix not in FORMATS:
+        raise BadInput(f"--out={path} is not possible; allowed endings: {' '.join(FORMATS)}")
+    if out.is_dir():
+        raise BadInput(f"--out={path} is a folder; name a file")
+    writable_folder(str(out.parent))
+    return out
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from bench import largest_process
-from config import METHODS, ROOT, BadInput, as_flag, build, cli, read_cli
+from config import METHODS, ROOT, BadInput, build, cli, read_cli
+from engine.processes import largest_process
+from study.rows import as_flag
 
 
 @dataclass(frozen=True)

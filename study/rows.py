@@ -61,6 +61,13 @@ STEPS = 100  # of every row
 EVERY = 25  # steps between the measurements that choose a checkpoint
 
 
+def as_flag(name: str, value) -> str:
+    """A field as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def fields_of(name: str, world: str, typed: dict) -> dict:
     """Everything of a row's Config that is not the default."""
     return ROWS[name] | {"steps": STEPS, "eval_every": EVERY} | WORLDS[world][0] | typed

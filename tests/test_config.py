@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import config as module
-from config import COMMON, METHODS, PRESETS, BadInput, Config, as_flag, build, from_cli, from_words, options
+from config import COMMON, METHODS, PRESETS, BadInput, Config, build, from_cli, from_words, options
 from engine.checkpoint import (
     load_state,
     load_weights,
@@ -24,6 +24,7 @@ from engine.checkpoint import (
     write_atomically,
 )
 from model import VideoDiT
+from study.rows import as_flag
 
 
 def refusal(call, *args, **kwargs) -> str:

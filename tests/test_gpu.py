@@ -19,6 +19,7 @@ from engine.graphs import CudaGraphs
 from engine.rng import rng_for
 from model import RingCache, VideoDiT
 from rollout import directly, rollout, stream
+from wan.shards import shard
 from world.scene import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -114,7 +115,7 @@ def sharded_gradients(device, build, cfg, rendezvous):
     )
     try:
         cfg, found = replace(cfg, device=device), []
-        for spread in (processes.shard, lambda net, cfg: net):
+        for spread in (shard, lambda net, cfg: net):
             net = spread(build(cfg).to(device), cfg)
             text = torch.ones(1, cfg.text_length, cfg.text_width, device=device)
             x = torch.ones(1, cfg.frames, *cfg.latent_shape, device=device)

@@ -2,14 +2,17 @@
 
 import copy
 import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import BadInput, Config
+from config import METHODS, BadInput, Config, build
 from engine import processes
-from networks import Networks
+from engine.checkpoint import is_ours, read_header
+from networks import Networks, load_net
 from wan.videoalign import load_videoalign, refuse_marks
 from wan.weights import load_text, load_vae, memory, open_wan, sized
 
@@ -46,6 +49,20 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
 
     null = text([cfg.negative]).to(cfg.device)
     return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
+
+
+def open_student(path: Path, preset: str, typed: dict, flags, student_config):
+    """What sample.py opens with --wan: config, student, codec, and what turns a prompt into text (1 l e). The
+    student may be another trainer's. flags: sample.py's. Raises BadInput."""
+    foreign = not is_ours(path)
+    if foreign and "method" not in typed:
+        raise BadInput(f"{path} does not name the method that trained it: --method={' | '.join(METHODS)}")
+    made = json.dumps(asdict(build(preset, typed))) if foreign else ""
+    header = {"kind": "student", "config": made} if foreign else read_header(path)
+    cfg = student_config(header, preset, typed, flags.steps)
+    student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
+    text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
+    return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
 
 
 def trace(tensors: list[Tensor]) -> str:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 import train
 from codec import Codec
-from config import ROOT, as_flag, build, cli
+from config import ROOT, build, cli
 from engine import checkpoint
 from model import VideoDiT
 from study import compare, evaluate, results
-from study.rows import fields_of
+from study.rows import as_flag, fields_of
 
 
 def call(monkeypatch, *argv):

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from config import BadInput, as_flag, build
+from config import BadInput, build
 from rollout import step_grid
 from study import rows
-from study.rows import ROWS, reference, rows_named
+from study.rows import ROWS, as_flag, reference, rows_named
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -175,7 +175,7 @@ def test_a_student_needs_its_own_wan(monkeypatch, wan, tmp_path, capsys):
         ([odd], "go together"),
         ([f"--wan={wan}", odd, "--codec=x.safetensors"], "go together"),
         ([f"--wan={wan}", "--student=assets/tiny/stream_r1.safetensors"], "of preset 'tiny'"),
-        ([f"--wan={wan}", odd, *KEYS[:-2]], "does not say how it remembers"),
+        ([f"--wan={wan}", odd, *KEYS[:-2]], "does not name the method"),
         ([f"--wan={wan}", odd, *KEYS[:-2], "--method=self_forcing"], "does not fit"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -11,8 +11,9 @@ from runs import ENV, ROOT, call, command, metrics
 from safetensors.torch import load_file
 
 from config import BadInput, build
-from engine.checkpoint import load_shards, read_header
+from engine.checkpoint import read_header
 from train import Flags, prepare
+from wan.shards import load_shards
 
 
 def weights(path) -> torch.Tensor:
