@@ -57,6 +57,25 @@ def clips(path: Path, codec_path: Path, seed: int) -> Tensor:
     return codec.decode((sample_teacher if header["kind"] == "teacher" else rollout)(net, text, cfg, rngs))
 
 
+def picture(rows: np.ndarray, gap: int = 4, label: int = 20) -> Image.Image:
+    """One frame of all clips, (rows H b W 3) bytes → the prompts, then each row under its caption."""
+    count, high, clips, wide, _ = rows.shape
+    top = 2 * label
+    sheet = Image.new("RGB", (clips * (wide + gap) - gap, top + count * (high + label)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for b, prompt in enumerate(PROMPTS):
+        colour, shape, motion, speed, _ = parse(prompt, 1)
+        draw.text(
+            (b * (wide + gap) + 2, 4), f"{colour} {shape}\n{motion} {speed}", fill="black", font_size=13
+        )
+    for r, (row, words) in enumerate(zip(rows, ROWS.values(), strict=True)):
+        draw.text((2, top + r * (high + label) + 4), words, fill="dimgrey", font_size=13)
+        for b in range(clips):
+            clip = Image.fromarray(np.ascontiguousarray(row[:, b]))
+            sheet.paste(clip, (b * (wide + gap), top + r * (high + label) + label))
+    return sheet
+
+
 def main() -> None:
     openmp.use_threads(1)
     _, _, flags = read_cli(None, Flags, __doc__)
@@ -67,20 +86,10 @@ def main() -> None:
     rows = [clips(path, nets / "codec.safetensors", flags.seed) for path in paths.values()]
     video = rearrange(to_uint8(torch.stack(rows)), "r b f h w c -> f r h b w c").numpy()
     video = video.repeat(flags.zoom, axis=2).repeat(flags.zoom, axis=4)  # (F rows H b W 3)
-    gap, label = 4, 20
-    frames, count, high, clip_count, wide, _ = video.shape
-    pictures = []
-    for frame in video:
-        picture = Image.new("RGB", (clip_count * (wide + gap) - gap, count * (high + label)), "white")
-        for r, (row, words) in enumerate(zip(frame, ROWS.values(), strict=True)):
-            ImageDraw.Draw(picture).text((2, r * (high + label) + 4), words, fill="black", font_size=13)
-            for b in range(clip_count):
-                clip = Image.fromarray(np.ascontiguousarray(row[:, b]))
-                picture.paste(clip, (b * (wide + gap), r * (high + label) + label))
-        pictures.append(picture)
+    pictures = [picture(frame) for frame in video]
     how = dict(save_all=True, append_images=pictures[1:], duration=1000 / 8, loop=0, quality=75, method=6)
     write_atomically(out, lambda name: pictures[0].save(name, **how))
-    print(f"{out}: {frames} frames, {out.stat().st_size / 1024:.0f} KiB")
+    print(f"{out}: {len(pictures)} frames, {out.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":
