@@ -1,7 +1,6 @@
 """Running the scripts on tiny random nets: the settings, the subprocesses, what they leave."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,6 @@ SMALL = dict(dim=32, heads=2, ffn=32, layers=1, batch=4, critic_steps=1, critic_
 KEYS = [f"--{k}={v}" for k, v in SMALL.items()] + ["--device=cpu"]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 def command(nets, out, *more, processes=1):
     head = [sys.executable]
     if processes > 1:
@@ -27,7 +23,7 @@ def command(nets, out, *more, processes=1):
 
 def call(nets, out, *more, processes=1):
     words = command(nets, out, *more, processes=processes)
-    return subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=170)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=170)
 
 
 def state(folder, step):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runs import ENV, KEYS, ROOT, SMALL, call, command, in_process, metrics, state
+from runs import KEYS, ROOT, SMALL, call, command, in_process, metrics, state
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -29,7 +29,7 @@ def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
     assert call(nets, whole, "--steps=6", "--save_every=6").returncode == 0
     # many steps, saved one by one, so that the kill lands inside one of them
     cmd = command(nets, parts, "--steps=6", "--save_every=1")
-    process = subprocess.Popen(cmd, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(cmd, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(1200):
         if (parts / "step_000003.pt").exists():
             break
@@ -89,7 +89,7 @@ def test_two_processes_equal_one(nets, tmp_path):
 def test_sigterm_saves_and_exits_0(nets, tmp_path):
     words = command(nets, tmp_path, "--steps=100000", "--save_every=100000")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    process = subprocess.Popen(words, cwd=ROOT, env=ENV, **pipes)
+    process = subprocess.Popen(words, cwd=ROOT, **pipes)
     for _ in range(1200):
         if (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
             break
@@ -254,7 +254,7 @@ BAD = {
     "nets": (["--nets=nowhere"], "nowhere"),
     "other config": (["--channels=8"], "channels"),
     "out": (["--out=/proc/nothing"], "--out"),
-    "data": (["--data=/nowhere"], "metadata"),
+    "data": (["--data=/nowhere"], "no such folder of clips"),
 }
 
 

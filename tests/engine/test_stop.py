@@ -4,16 +4,14 @@ import signal
 import subprocess
 import time
 
-from runs import ENV, ROOT, command
+from runs import ROOT, command
 
 
 def test_a_stop_under_torchrun_says_whose_the_traceback_is(nets, tmp_path):
     """Catches a run that is not saved, and thirty lines that hide it."""
     words = command(nets, tmp_path, "--steps=10000", processes=1)
     words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    run = subprocess.Popen(
-        words, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text():
             break

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from runs import ENV, ROOT, call, command, metrics
+from runs import ROOT, call, command, metrics
 from safetensors.torch import load_file
 
 from config import BadInput, build
@@ -85,7 +85,7 @@ def test_a_broken_rollout_leaves_nobody_waiting(nets, tmp_path):  # noqa: F811
     script.write_text(POISON.format(root=str(ROOT)))
     words = command(nets, tmp_path / "out", "--steps=2", "--shard", "--balance_window=2", processes=2)
     words[words.index("train.py")] = str(script)
-    done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
     first, second = metrics(tmp_path / "out")
     assert first["dropped"] == 2 and first["grad_norm"] > 0 and first["critic_grad_norm"] > 0
@@ -101,7 +101,7 @@ def test_two_launchers_make_one_run(nets, pair, tmp_path):  # noqa: F811
     words = command(nets, tmp_path, "--steps=4", *SHARD)[1:]
     head = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     head += ["--rdzv_backend=c10d", f"--rdzv_endpoint={meet}", "--rdzv_id=tiny"]
-    quiet = dict(cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     machines = [subprocess.Popen([*head, *words], **quiet) for _ in range(2)]
     assert [machine.wait(timeout=170) for machine in machines] == [0, 0]
     alike(pair, tmp_path)
