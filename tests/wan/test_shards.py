@@ -50,7 +50,7 @@ def test_two_shards_equal_one_process(nets, pair, tmp_path):
     assert (pair / "before.png").exists() and (pair / "after.png").exists()
 
 
-@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_resumed_on_another_world_size(nets, pair, tmp_path, first, then):
     """Both optimizers, the average and the balancer come along."""
     call(command(nets, tmp_path, "--steps=2", *SHARD), processes=first)
