@@ -70,6 +70,7 @@ def test_a_step_and_a_stream(learn, wan, tmp_path, monkeypatch, capsys):
     assert out.exists() and "frames/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_in_the_precision_of_the_preset(learn, tmp_path):
     """bf16 blocks, fp32 around them: nothing mixes what cannot be mixed, and the step is much the same."""
     [plain], [low] = learn(tmp_path / "plain"), learn(tmp_path / "low", "--bf16")
