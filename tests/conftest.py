@@ -1,8 +1,12 @@
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores; torch and every subprocess read it
+
 import torch
 from runs import SMALL
 

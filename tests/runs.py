@@ -1,13 +1,15 @@
-"""Running the scripts on tiny random nets: the settings, the subprocesses, what they leave."""
+"""Running the scripts on tiny random nets: the settings, the processes, what they leave."""
 
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
 import torch
 
+import train
 from config import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,19 +17,41 @@ SMALL = dict(dim=32, heads=2, ffn=32, layers=1, batch=4, critic_steps=1, critic_
 KEYS = [f"--{k}={v}" for k, v in SMALL.items()] + ["--device=cpu"]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+def command(nets, out, *more) -> list[str]:
+    """train.py's command line."""
+    return ["train.py", f"--nets={nets}", f"--out={out}", *KEYS, *more]
 
 
-def command(nets, out, *more, processes=1):
-    head = [sys.executable]
-    if processes > 1:
-        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*head, "train.py", f"--nets={nets}", f"--out={out}", *KEYS, *more]
+def launch(words, processes=1) -> list:
+    """train.py in processes with the environment that torchrun gives them, but forked: to import torch takes
+    a new one six seconds of CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": f"{processes}"}
+
+    def main(rank):
+        os.environ |= meet | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        torch.set_num_threads(1)  # OpenMP's other threads do not survive a fork
+        sys.argv = words
+        cli(train.main)
+
+    fork = multiprocessing.get_context("fork").Process
+    started = [fork(target=main, args=(rank,)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
 
 
-def call(nets, out, *more, processes=1):
-    words = command(nets, out, *more, processes=processes)
-    return subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=170)
+def call(words, processes=1) -> None:
+    """The same, to its end."""
+    started = launch(words, processes)
+    for process in started:
+        process.join(170)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert codes == [0] * processes
 
 
 def state(folder, step):

@@ -137,6 +137,7 @@ def test_prompts_are_held_to_the_folders_words(folder):
         understand("a bar nunber 2", cfg, vocabulary)
 
 
+@pytest.mark.slow
 def test_all_stages_run_on_real_clips(folder, tmp_path, monkeypatch, capsys):
     """Two steps of each stage, on clips, from the command line: nets, sheets and states are written."""
     out = tmp_path / "nets"

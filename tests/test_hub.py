@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from runs import ENV, ROOT
+from runs import ROOT
 
 import hubconf
 import sample
@@ -24,7 +24,7 @@ assert {str(ROOT)!r} not in sys.path
 parts = list(student.stream({PROMPT!r}, seed=3, frames=10))
 torch.save(parts, "parts.pt")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     parts = torch.load(tmp_path / "parts.pt", weights_only=True)
     assert [x.shape for x in parts] == [(4, 3, 32, 32), (4, 3, 32, 32), (2, 3, 32, 32)]

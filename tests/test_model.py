@@ -476,7 +476,7 @@ def test_the_cache_carries_no_gradient(tiny, model, monkeypatch, kv_grad, contex
 # -- compilation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sink", ["static", "ema"])
+@pytest.mark.parametrize("sink", [pytest.param("static", marks=pytest.mark.slow), "ema"])
 def test_streaming_is_one_graph(tiny, build, sink):
     """Would catch a Python number in the ring cache that changes from chunk to chunk, or a question to the
     device: each chunk would be compiled anew, or would wait for an answer that no CUDA graph can give."""

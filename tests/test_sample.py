@@ -53,6 +53,7 @@ def test_seed_repeats_exactly(call):
     assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_shows_the_same(call, capsys):
     """Frames are bytes; a compiler that sums in another order may move one by a step or two."""

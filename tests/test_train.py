@@ -1,4 +1,4 @@
-"""The loop as people run it: real subprocesses on tiny random nets."""
+"""The loop as people run it, on tiny random nets."""
 
 import math
 import shutil
@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runs import ENV, KEYS, ROOT, SMALL, call, command, in_process, metrics, state
+from runs import KEYS, ROOT, SMALL, call, command, in_process, launch, metrics, state
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -26,21 +26,19 @@ from run import NETS, STATE
 def test_killed_and_resumed_equals_uninterrupted(nets, tmp_path):
     """SIGKILL in the middle of a step; the resumed run ends in the same bits."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert call(nets, whole, "--steps=6", "--save_every=6").returncode == 0
+    call(command(nets, whole, "--steps=6", "--save_every=6"))
     # many steps, saved one by one, so that the kill lands inside one of them
-    cmd = command(nets, parts, "--steps=6", "--save_every=1")
-    process = subprocess.Popen(cmd, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (process,) = launch(command(nets, parts, "--steps=6", "--save_every=1"))
     for _ in range(1200):
         if (parts / "step_000003.pt").exists():
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
     with open(parts / "metrics.jsonl", "a") as file:
         file.write('\n{"step": 4, "dm')  # killed while it wrote a line
-    done = call(nets, parts, "--steps=6", "--save_every=6", "--resume")
-    assert done.returncode == 0, done.stderr
+    call(command(nets, parts, "--steps=6", "--save_every=6", "--resume"))
     one, two = state(whole, 6), state(parts, 6)
     for name in (*NETS, *STATE):
         assert_close(one[name], two[name], rtol=0, atol=0, msg=f"{name} differs after resuming")
@@ -72,8 +70,7 @@ def test_two_processes_equal_one(nets, tmp_path):
     """gloo, half the batch each: the same rollouts, rewards and gradients as one process with all of it."""
     for world in (1, 2):
         more = ("--steps=3", "--group=2", "--balance_window=2", "--balance=axis_weights")
-        done = call(nets, tmp_path / str(world), *more, processes=world)
-        assert done.returncode == 0, done.stderr
+        call(command(nets, tmp_path / str(world), *more), processes=world)
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     for a, b in zip(one, two, strict=True):
         for key in ("dmd", "critic", "VQ", "MQ", "TA", "w_inter", "ess", "grad_norm"):
@@ -86,17 +83,15 @@ def test_two_processes_equal_one(nets, tmp_path):
     assert gap < 5e-6
 
 
-def test_sigterm_saves_and_exits_0(nets, tmp_path):
-    words = command(nets, tmp_path, "--steps=100000", "--save_every=100000")
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    process = subprocess.Popen(words, cwd=ROOT, env=ENV, **pipes)
+def test_sigterm_saves_and_exits_0(nets, tmp_path, capfd):
+    (process,) = launch(command(nets, tmp_path, "--steps=100000", "--save_every=100000"))
     for _ in range(1200):
         if (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--resume goes on" in out
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0 and "--resume goes on" in capfd.readouterr().out
     assert len(list(tmp_path.glob("step_*.pt"))) == 1
 
 
@@ -254,7 +249,7 @@ BAD = {
     "nets": (["--nets=nowhere"], "nowhere"),
     "other config": (["--channels=8"], "channels"),
     "out": (["--out=/proc/nothing"], "--out"),
-    "data": (["--data=/nowhere"], "metadata"),
+    "data": (["--data=/nowhere"], "no such folder of clips"),
 }
 
 

@@ -13,8 +13,9 @@ from config import METHODS, BadInput, Config, build
 from engine import processes
 from engine.checkpoint import is_ours, read_header
 from networks import Networks, load_net
+from wan import memory
 from wan.videoalign import load_videoalign, refuse_marks
-from wan.weights import load_text, load_vae, memory, open_wan, sized
+from wan.weights import load_text, load_vae, open_wan, sized
 
 
 def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:

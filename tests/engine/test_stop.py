@@ -2,18 +2,19 @@
 
 import signal
 import subprocess
+import sys
 import time
 
-from runs import ENV, ROOT, command
+import pytest
+from runs import ROOT, command
 
 
+@pytest.mark.slow
 def test_a_stop_under_torchrun_says_whose_the_traceback_is(nets, tmp_path):
     """Catches a run that is not saved, and thirty lines that hide it."""
-    words = command(nets, tmp_path, "--steps=10000", processes=1)
-    words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    run = subprocess.Popen(
-        words, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    words = [*head, *command(nets, tmp_path, "--steps=10000")]
+    run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text():
             break

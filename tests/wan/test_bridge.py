@@ -1,14 +1,12 @@
 """From Wan's files to a streamed clip: train.py and sample.py as people run them, on tiny random weights."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from runs import call
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -18,7 +16,6 @@ from model import VideoDiT
 
 downloads = pytest.importorskip("downloads")
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = dict(height=32, width=48, frames=6, chunk=3, channels=4, dim=36, heads=3, ffn=48, layers=2,
              time_freqs=16, text_length=8, text_width=24, batch=2, accumulate=1, critic_steps=1,
              critic_warmup=0, steps=1)  # fmt: skip
@@ -73,6 +70,7 @@ def test_a_step_and_a_stream(learn, wan, tmp_path, monkeypatch, capsys):
     assert out.exists() and "frames/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_in_the_precision_of_the_preset(learn, tmp_path):
     """bf16 blocks, fp32 around them: nothing mixes what cannot be mixed, and the step is much the same."""
     [plain], [low] = learn(tmp_path / "plain"), learn(tmp_path / "low", "--bf16")
@@ -107,11 +105,7 @@ def test_two_processes_equal_one(wan, videoreward, prompts, tmp_path):
     own = [f"--wan={wan}", f"--videoalign={videoreward}", f"--data={prompts}", *KEYS, "--batch=2"]
     found = []
     for n in (1, 2):
-        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        words = [*head, "train.py", "wan-1.3b", *own, f"--out={tmp_path / str(n)}"]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
-        assert done.returncode == 0, done.stderr
+        call(["train.py", "wan-1.3b", *own, f"--out={tmp_path / str(n)}"], processes=n)
         found.append(json.loads((tmp_path / str(n) / "metrics.jsonl").read_text()))
     for key in ("dmd", "critic", "VQ", "MQ", "TA", "w_inter", "grad_norm", "critic_grad_norm"):
         assert found[0][key] == pytest.approx(found[1][key], rel=2e-3, abs=1e-4), key
