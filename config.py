@@ -102,7 +102,7 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward pass
     shard: bool = False  # FSDP2: spread parameters, gradients, optimizers and averages over the processes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
-    threads: int = 0  # CPU threads to compute with; 0: one a core, for streaming tiny one in all
+    threads: int = 0  # CPU threads to compute with; 0: one a core, sample.py takes one for tiny
     save_every: int = 25  # steps between checkpoints, of which two are kept
     eval_every: int = 10  # steps between held-out measurements; the best EMA student is kept
     eval_clips: int = 64  # held-out prompts that are measured

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from config import BadInput
 from engine.graphs import CudaGraphs
 from rollout import directly
 from sample import Flags, decoded, open_networks
@@ -32,6 +33,8 @@ class Student:
 
     def stream(self, prompt: str, seed: int = 0, frames: int | None = None) -> Iterator[Tensor]:
         """Yield video01 (F 3 H W) in [0, 1] chunk by chunk: `frames` in all, or for ever. Raises BadInput."""
+        if frames is not None and frames < 1:
+            raise BadInput(f"frames={frames} is not possible; allowed: 1 or more, or None")
         texts = {0: self.read(prompt).to(self.cfg.device)}
         call = CudaGraphs() if self.cfg.device == "cuda" else directly
         for video01 in decoded(self.net, self.codec, texts, self.cfg, seed, call=call):

@@ -136,7 +136,7 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
     good rollouts are weighted, not easy prompts. A reward that is not finite has no finite weight: train.py
     drops and counts its rollout.
     """
-    r = r.detach()
+    r = r.detach().masked_fill(~r.isfinite(), torch.nan)  # exp(-inf) would be a weight, 0
     if cfg.group > 1:
         r = rearrange(r, "(p k) -> p k", k=cfg.group)
         r = (r - r.nanmean(1, keepdim=True)).flatten()

@@ -1,8 +1,7 @@
 """How OpenMP's threads wait for work: read once, when torch loads, so a script imports this before torch.
 
-By default they spin: on two cores beside one other busy process a step then takes ten times as long. Waiting
-without spinning costs about a tenth on a machine that has nothing else to do (docs/results.md, "Speed"). What
-the environment says already wins.
+By default they spin: on two cores beside other busy processes a step then takes many times as long
+(docs/log.md, "how threads wait"). What the environment says already wins.
 """
 
 import os

@@ -58,10 +58,10 @@ def compare(names: list[str], typed: dict, how) -> None:
                 if not measured(how.results, run):
                     results.append(how.results, train_and_measure(run, fields, folder, nets))
                     print(f"{name}, seed {seed}: {how.results}", flush=True)
+                for state in folder.glob("step_*.pt"):  # 50 MB each, and of no more use
+                    state.unlink()
         except Timeout:
             continue
-        for state in folder.glob("step_*.pt"):  # 50 MB each, and of no more use
-            state.unlink()
 
 
 def measured(path: Path, run: dict) -> bool:

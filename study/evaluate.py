@@ -11,6 +11,8 @@ The first three add VQ, MQ and TA, the learned reward's scores: not a measure of
 the real clips of the first row would have fooled the reward that trained it.
 """
 
+from engine import openmp  # isort: skip  (before torch loads)
+
 import json
 from dataclasses import dataclass, replace
 from itertools import product
@@ -105,6 +107,7 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
+    openmp.use_threads(typed.get("threads", 0))
     extra("scipy.stats")
     if preset == "table":
         return table_of_methods(typed, flags)

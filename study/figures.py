@@ -9,6 +9,8 @@
 Curves, bars and intervals need matplotlib (the extra `study`); contact sheets do not.
 """
 
+from engine import openmp  # isort: skip  (before torch loads)
+
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +30,7 @@ from rollout import rollout, stream
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 from study import results
 from study.compare import FAR
-from study.rows import ROWS, reference, rows_named, world_named
+from study.rows import ROWS, WORLDS, reference, rows_named, world_named
 from study.tables import extra, gains, interval
 from study.weights import GROUPS, by_weight, weights_and_errors
 from world.words import tokenize
@@ -275,11 +277,12 @@ def about_the_comparison(what: str, out: Path, flags: Flags) -> None:
     students = [path for path in students if path.is_file() or flags.methods]
     if not students:
         raise BadInput(f"--runs={flags.runs} has no student of seed {flags.seed}; see study.evaluate")
-    methods_sheet(out, students, Path(flags.nets), flags.prompt, flags.seed)
+    methods_sheet(out, students, ROOT / WORLDS[world][1], flags.prompt, flags.seed)
 
 
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
+    openmp.use_threads(typed.pop("threads", 0))
     known = ("curves", "saliency", "weights", "table", "methods")
     if what not in known:
         raise BadInput(f"study.figures {what} is not possible; allowed: {' | '.join(known)}")

@@ -11,6 +11,7 @@ from runs import ROOT
 
 import bench
 from config import BadInput, Config, build
+from engine import processes
 from engine.checkpoint import write_atomically
 from engine.processes import autocast, pick_device
 
@@ -58,7 +59,7 @@ def test_a_flush_needs_a_file_that_is_open_for_writing(tmp_path, monkeypatch):
 def test_memory_is_unknown_on_windows(monkeypatch):
     """Catches a speed table that needs Unix, and a number that is made up."""
     assert 10 < bench.peak_memory(Config(device="cpu")) < 1e5
-    monkeypatch.setattr(bench, "resource", None)
+    monkeypatch.setattr(processes, "resource", None)
     assert math.isnan(bench.peak_memory(Config(device="cpu")))
 
 

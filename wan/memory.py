@@ -8,6 +8,8 @@ tally of what is alive gives the peak. What FSDP2 spreads over processes is coun
 one clip at a time (--accumulate = batch / processes). It takes a minute or two.
 """
 
+from engine import openmp  # isort: skip  (before torch loads)
+
 import functools
 import weakref
 from contextlib import nullcontext
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from config import BadInput, Config, cli, from_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss
+from engine import processes
 from model import ListCache, VideoDiT
 from rollout import Given, denoise_chunk, remember_chunk, step_grid
 from wan.weights import WanCodec
@@ -89,7 +92,7 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
     """
     with FakeTensorMode() if fake else nullcontext():
         student, critic, frozen = networks(cfg, teacher, sharded)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16)
+        autocast = processes.autocast(replace(cfg, device="cpu"))
         with Tally() as first, autocast:
             text = torch.zeros(clips, cfg.text_length, cfg.text_width)
             x = exit_passes(student, text, cfg)
@@ -164,6 +167,7 @@ def check(cfg: Config, teacher: Config, processes: int, available: float) -> Non
 
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    openmp.use_threads(cfg.threads)
     if flags.teacher_size not in WAN_SIZES:
         allowed = " | ".join(WAN_SIZES)
         raise BadInput(f"--teacher_size={flags.teacher_size} is not possible; allowed: {allowed}")
