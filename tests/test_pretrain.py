@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ from rollout import sample_teacher
 from world.scene import World
 
 SMALL = ["--dim=32", "--heads=2", "--ffn=32", "--layers=1", "--device=cpu", "--batch=2"]
+
+
+@pytest.fixture(autouse=True)
+def short_report(monkeypatch):
+    """Eight clips are reconstructed after every codec's stage, not 128."""
+    monkeypatch.setitem(pretrain.REPORTS, "codec", partial(pretrain.report_codec, count=8))
 
 
 def call(monkeypatch, *argv):

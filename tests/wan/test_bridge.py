@@ -91,6 +91,7 @@ def test_resumed_with_other_prompts_or_weights(learn, prompts, tmp_path, capsys)
         assert stopped.value.code == 2 and "began from others" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resumed_with_its_shards(learn, tmp_path):
     whole = learn(tmp_path / "whole", "--steps=2")
     learn(tmp_path / "parts", "--steps=1")
@@ -100,6 +101,7 @@ def test_resumed_with_its_shards(learn, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(wan, videoreward, prompts, tmp_path):
     """Each encodes its share of the prompts, holds its share of every network, judges its own rollout."""
     own = [f"--wan={wan}", f"--videoalign={videoreward}", f"--data={prompts}", *KEYS, "--batch=2"]

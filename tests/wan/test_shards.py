@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.fsdp  # noqa: F401  (once here, not in every process that is forked)
 from runs import ROOT, call, command, in_process, metrics
 from safetensors.torch import load_file
 
