@@ -1,93 +1,221 @@
-"""What the models learn from, behind one interface: the world, a folder of clips, a file of prompts."""
+"""What the models learn from, behind one interface: the world, a folder of clips, a file of prompts.
+
+A clip's frame k is what is on the screen k / fps seconds after its beginning, whatever rate it was made at.
+Pillow reads pictures and animations, all else the ffmpeg program that imageio brings: a process of its own,
+which a broken file may crash and which turns, cuts and shrinks what it decodes.
+"""
 
 import csv
+import hashlib
+import io
 import json
-import re
+import math
+import os
+import subprocess
+import unicodedata
 import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
-import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 from config import BadInput, Config
+from engine.checkpoint import write_atomically
 from engine.rng import pick, rng_for
 from world.scene import Batch, World
-from world.words import check_words, parse
+from world.words import check_words, parse, split_words
+
+READABLE = "mp4, mov, mkv, webm, avi, gif, webp, png, jpeg, tiff, avif"
+SLACK = 0.001  # seconds: files round the times of their frames to milliseconds
+NO_TIME = -(2**63)  # of a packet whose file says only when to decode it
+CACHE = 128 * 2**20  # bytes of decoded frames that a process keeps
+
+
+# -- files ----------------------------------------
+class Clip(NamedTuple):
+    path: Path
+    start: float | None  # seconds, of a film's first frame; None: a picture or an animation
+    seconds: float  # how long it lasts; 0: one picture
+
+    def frames(self, cfg: Config) -> int:
+        return max(1, math.ceil((self.seconds - SLACK) * cfg.fps))
+
+
+def ffmpeg(*words: str) -> tuple[bytes, str]:
+    """Run it → what it writes, and its complaints. Raises BadInput if there is none."""
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+    except (RuntimeError, OSError) as error:
+        cure = "pip install imageio[ffmpeg], or name one in IMAGEIO_FFMPEG_EXE"
+        raise BadInput(f"there is no ffmpeg program to read clips with: {cure}") from error
+    except subprocess.TimeoutExpired:
+        return b"", "it takes more than ten minutes"
+    return done.stdout, done.stderr.decode("utf-8", "replace")
+
+
+def unreadable(path: Path, reason: str) -> BadInput:
+    reason = reason.strip().partition("\n")[0] or "it holds no frame"
+    reason = "it holds no moving picture" if "matches no streams" in reason else reason
+    reason = reason if path.exists() else "no such file"
+    return BadInput(f"clip {path} cannot be read: {reason}; what can be: {READABLE}")
+
+
+def probe(path: Path) -> Clip:
+    """Reads the times of all frames; of a film it decodes none. Raises BadInput."""
+    try:
+        ends = [end for end, _ in _pictures(path)]
+        return Clip(path, None, ends[-1] if len(ends) > 1 else 0.0)
+    except UnidentifiedImageError:
+        pass  # a film, then
+    except Exception as error:  # Pillow's decoders raise errors of their own
+        raise unreadable(path, str(error)) from error
+    copy = "-map 0:V:0 -c copy -f framecrc -".split()
+    table, complaint = ffmpeg("-copyts", "-i", f"file:{path}", *copy)
+    lines = [line.replace(",", " ").split() for line in table.decode().splitlines()]
+    unit = [Fraction(line[2]) for line in lines if line[0] == "#tb"]
+    packets = [[int(word) for word in line[1:4]] for line in lines if line[0] == "0"]
+    shown = [(pts if pts != NO_TIME else dts, length) for dts, pts, length in packets]
+    if not unit or not shown:
+        raise unreadable(path, complaint)
+    (start, _), (last, length) = min(shown), max(shown)
+    return Clip(path, float(start * unit[0]), float((last + length - start) * unit[0]))
 
 
 def read_clip(path: Path, cfg: Config) -> Tensor:
     """A clip or a picture → bytes (F 3 H W) at cfg.fps, cut around the centre. Raises BadInput."""
-    path = Path(path)
-    still = path.suffix.lower() in (".gif", ".webp", ".png", ".jpg", ".jpeg", ".bmp")
+    clip = probe(Path(path))
+    return decode(clip, cfg, 0, clip.frames(cfg))
+
+
+def decode(clip: Clip, cfg: Config, first: int, count: int) -> Tensor:
+    """Frames first, first + 1, ... → bytes (count 3 H W). Raises BadInput if there is none; where the file
+    breaks off its last frame is repeated, with a warning."""
+    video, complaint = (_picture_frames if clip.start is None else _film_frames)(clip, cfg, first, count)
+    if not len(video):
+        raise unreadable(clip.path, complaint)
+    if len(video) < count - 1:
+        short = f"clip {clip.path} breaks off: of frames {first} to {first + count - 1} it holds {len(video)}"
+        warnings.warn(f"{short}; its last one is repeated", stacklevel=2)
+    video = torch.from_numpy(video).permute(0, 3, 1, 2)
+    return torch.cat([video, video[-1:].expand(count - len(video), -1, -1, -1)])
+
+
+def _film_frames(clip: Clip, cfg: Config, first: int, count: int) -> tuple[np.ndarray, str]:
+    """From the key frame a second before: some files can only be entered to the nearest frame."""
+    at, shape = first / cfg.fps, f"{cfg.width}/{cfg.height}"
+    chain = (
+        f"settb=AVTB,setpts=PTS-({clip.start + SLACK})/TB,"  # AVTB: microseconds
+        f"fps={cfg.fps}:round=up:start_time={at},setpts=PTS-STARTPTS,"
+        f"crop='min(iw,ih*{shape}/sar)':'min(ih,iw*sar/({shape}))':exact=1,"
+        f"scale={cfg.width}:{cfg.height}:flags=bilinear+accurate_rnd+full_chroma_int"
+    )
+    seek = f"-noaccurate_seek -seek_timestamp 1 -ss {clip.start + at - 1}".split() if at > 1 else []
+    out = f"-map 0:V:0 -vf {chain} -frames:v {count} -f rawvideo -pix_fmt rgba -".split()
+    raw, complaint = ffmpeg("-copyts", *seek, "-i", f"file:{clip.path}", *out)
+    size = cfg.height * cfg.width * 4
+    rgba = np.frombuffer(raw[: len(raw) // size * size], np.uint8).reshape(-1, cfg.height, cfg.width, 4)
+    return (rgba[..., :3].astype(np.uint16) * rgba[..., 3:] // 255).astype(np.uint8), complaint
+
+
+def _picture_frames(clip: Clip, cfg: Config, first: int, count: int) -> tuple[np.ndarray, str]:
+    video = []
     try:
-        if still:
-            frames = iio.imread(path, index=..., plugin="pillow", mode="RGB")
-            duration = iio.immeta(path, plugin="pillow").get("duration")  # milliseconds; pictures have none
-            rate = 1000 / duration if duration else cfg.fps
-        else:
-            frames = iio.imread(path, index=..., plugin="FFMPEG")
-            rate = iio.immeta(path, plugin="FFMPEG")["fps"]
-        skip = max(1, round(rate / cfg.fps))
-    except Exception as error:  # every decoder behind imageio raises errors of its own
-        reason = (str(error) or "unreadable").splitlines()[0] if path.exists() else "no such file"
-        raise BadInput(f"clip {path} cannot be read: {reason}") from error
-    video = torch.from_numpy(np.ascontiguousarray(frames[::skip, ..., :3])).permute(0, 3, 1, 2).float()
-    h, w = video.shape[-2:]
-    side = min(h / cfg.height, w / cfg.width)
-    cut_h, cut_w = round(cfg.height * side), round(cfg.width * side)
-    top, left = (h - cut_h) // 2, (w - cut_w) // 2
-    video = video[:, :, top : top + cut_h, left : left + cut_w]
-    video = F.interpolate(video, (cfg.height, cfg.width), mode="bilinear", antialias=True)
-    return video.round().clamp(0, 255).byte()
+        for end, picture in _pictures(clip.path):
+            while len(video) < count and (first + len(video)) / cfg.fps + SLACK < end:
+                video.append(_fit(picture, cfg))
+    except Exception as error:
+        return np.array(video), str(error)
+    return np.array(video), ""
 
 
+def _pictures(path: Path) -> Iterator[tuple[float, Image.Image]]:
+    """(the second until which it is shown, picture) for each one that a file holds."""
+    with Image.open(path) as file:
+        if file.format == "MPEG":  # Pillow knows the name alone
+            raise UnidentifiedImageError
+        end = 0.0
+        for picture in ImageSequence.Iterator(file):
+            picture.load()  # only now is its duration known
+            end += (picture.info.get("duration") or 100) / 1000  # 0 means 100 ms, as in browsers
+            yield end, picture
+            if file.format == "MPO":  # a photograph; what follows is its preview or its other eye
+                return
+
+
+def _fit(picture: Image.Image, cfg: Config) -> np.ndarray:
+    """The centre of a picture, upright, on black where it is transparent → bytes (H W 3)."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits of grey
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    w, h = picture.size
+    side = min(w / cfg.width, h / cfg.height)
+    left, top = (w - cfg.width * side) / 2, (h - cfg.height * side) / 2
+    box, size = (left, top, w - left, h - top), (cfg.width, cfg.height)
+    return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BILINEAR, box))
+
+
+# -- a folder of clips ----------------------------------------
 class ClipFolder:
-    """Real clips: mp4, gif or webp, and metadata.jsonl or .csv (file_name, text), as Hugging Face has it.
+    """Real clips and metadata.jsonl or .csv (file_name, text), as Hugging Face has it.
 
-    Same interface as World; a clip is a random window. Past its end a clip runs backwards. Raises BadInput
-    when there is no metadata or no usable clip; a broken or too short one is left out with a warning that
-    names it.
+    Same interface as World; a clip is a random window, decoded when it is asked for. Past its end a clip
+    runs backwards. Raises BadInput when there is no metadata, a row of it is wrong, or no clip is usable; a
+    broken or too short one is left out with a warning that names it.
     """
 
     def __init__(self, cfg: Config, folder: str):
-        self.cfg = cfg
-        self.clips: list[tuple[Tensor, str]] = []
-        for name, text in _metadata(Path(folder)):
-            try:
-                video = read_clip(Path(folder) / name, cfg)
-            except BadInput as error:
-                warnings.warn(f"left out: {error}", stacklevel=2)
-                continue
-            if len(video) < cfg.pixel_frames:
-                short = f"{name} has {len(video)} frames at {cfg.fps} a second, {cfg.pixel_frames} are needed"
+        self.cfg, self.clips = cfg, []
+        self.cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()  # the latest last
+        rows, need = _metadata(Path(folder)), cfg.pixel_frames
+        index = _index(Path(folder), [name for name, _ in rows])
+        for name, text in rows:
+            clip = index[name]
+            if isinstance(clip, str):
+                warnings.warn(f"left out: {clip}", stacklevel=2)
+            elif (has := clip.frames(cfg)) < need:
+                short = f"{name} has {has} frames at {cfg.fps} a second, {need} are needed"
                 warnings.warn(f"left out: {short}", stacklevel=2)
-                continue
-            self.clips.append((video, text))
+            else:
+                self.clips.append((clip, text))
         if not self.clips:
-            raise BadInput(f"--data={folder} holds no usable clip of at least {cfg.pixel_frames} frames")
+            raise BadInput(f"--data={folder} holds no usable clip of at least {need} frames")
         longest = max(len(free_words(text)) for _, text in self.clips)
         if longest > cfg.text_length:
             cut = f"captions have up to {longest} words; --text_length={cfg.text_length} keeps the first"
             warnings.warn(cut, stacklevel=2)
         self.vocabulary = sorted({word for _, text in self.clips for word in free_words(text)})
+        self.fingerprint = fingerprint([(c.path.name, c.start, c.seconds, text) for c, text in self.clips])
 
-    def _choose(self, key: tuple) -> tuple[Tensor, str, torch.Generator]:
+    def _choose(self, key: tuple) -> tuple[int, torch.Generator]:
         rng = rng_for("clip", *key)
-        return *self.clips[pick(rng, len(self.clips))], rng
+        return pick(rng, len(self.clips)), rng
 
     def captions(self, keys: list[tuple]) -> list[list[str]]:
-        return [free_words(self._choose(key)[1]) for key in keys]
+        return [free_words(self.clips[self._choose(key)[0]][1]) for key in keys]
 
     def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
         times = torch.arange(self.cfg.pixel_frames) if times is None else times
         videos, prompts = [], []
         for key, shown in zip(keys, times.expand(len(keys), -1), strict=True):
-            video, text, rng = self._choose(key)
-            at = (pick(rng, len(video) - self.cfg.pixel_frames + 1) + shown) % (2 * len(video))
-            videos.append(video[torch.minimum(at, 2 * len(video) - 1 - at)].float() / 255)
+            number, rng = self._choose(key)
+            clip, text = self.clips[number]
+            frames = clip.frames(self.cfg)
+            at = (pick(rng, frames - self.cfg.pixel_frames + 1) + shown) % (2 * frames)
+            videos.append(self._window(number, torch.minimum(at, 2 * frames - 1 - at)).float() / 255)
             prompts.append(text)
         return Batch(torch.stack(videos), prompts, [free_words(p) for p in prompts])
 
@@ -96,20 +224,124 @@ class ClipFolder:
     def pixels(self, drawn: Batch, device: str) -> Tensor:
         return drawn.video01.to(device)
 
+    def _window(self, number: int, at: Tensor) -> Tensor:
+        """Frames `at` (F,) of a clip → bytes (F 3 H W)."""
+        length = 2 * self.cfg.pixel_frames  # of a stretch, which is decoded as a whole
+        video = torch.empty(len(at), 3, self.cfg.height, self.cfg.width, dtype=torch.uint8)
+        for part in (at // length).unique().tolist():
+            here = at // length == part
+            video[here] = self._stretch(number, part * length, length)[at[here] - part * length]
+        return video
 
+    def _stretch(self, number: int, first: int, length: int) -> Tensor:
+        if (number, first) not in self.cache:
+            clip, _ = self.clips[number]
+            count = min(length, clip.frames(self.cfg) - first)
+            self.cache[number, first] = decode(clip, self.cfg, first, count)
+            while sum(video.nbytes for video in self.cache.values()) > CACHE and len(self.cache) > 1:
+                self.cache.popitem(last=False)
+        self.cache.move_to_end((number, first))
+        return self.cache[number, first]
+
+
+def fingerprint(facts: list) -> str:
+    """Of what is learnt from: a resumed run has to go on with the same."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def _index(folder: Path, names: list[str]) -> dict[str, Clip | str]:
+    """Every clip, or what is wrong with it. clips.index.json keeps what was found of unchanged files; a
+    folder that cannot be written does without. Raises BadInput if there is no ffmpeg."""
+    file, names = folder / "clips.index.json", list(dict.fromkeys(names))
+    try:
+        known = {name: (*facts,) for name, facts in json.loads(file.read_text()).items() if len(facts) == 4}
+    except (OSError, ValueError, AttributeError, TypeError):
+        known = {}
+    ffmpeg("-version")
+
+    def look(name: str) -> tuple[tuple, Clip | str]:
+        path = _find(folder, name)
+        try:
+            stamp = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
+            clip = Clip(path, *known[name][2:]) if known.get(name, ())[:2] == stamp else probe(path)
+            return (*stamp, *clip[1:]), clip
+        except BadInput as error:
+            return (), str(error)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        bar = tqdm(pool.map(look, names), "looking at clips", len(names), delay=2)
+        found = dict(zip(names, bar, strict=True))
+    fresh = {name: facts for name, (facts, _) in found.items() if facts}
+    if fresh != known:
+        with suppress(OSError):
+            write_atomically(file, lambda name: name.write_text(json.dumps(fresh, indent=0)))
+    return {name: clip for name, (_, clip) in found.items()}
+
+
+def _find(folder: Path, name: str) -> Path:
+    """A clip's file; systems differ in how they write accented letters."""
+    paths = [folder / form for form in (name, *(unicodedata.normalize(f, name) for f in ("NFC", "NFD")))]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def _metadata(folder: Path) -> list[tuple[str, str]]:
+    """(file name, caption) of every clip. Raises BadInput."""
+    paths = [path for path in (folder / "metadata.jsonl", folder / "metadata.csv") if path.is_file()]
+    if not paths:
+        raise BadInput(f"--data={folder} holds no metadata.jsonl or metadata.csv (file_name, text)")
+    path, text, found = paths[0], read_text(paths[0]), []
+    if path.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    else:
+        rows = (json.loads(line) for line in text.split("\n") if line.strip())
+    try:
+        for row in rows:
+            found.append(row)
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}, row {len(found) + 1} cannot be read: {error}") from error
+    return [_row(f"{path}, row {number}", row) for number, row in enumerate(found, 1)]
+
+
+def _row(where: str, row) -> tuple[str, str]:
+    """A row as it was read → file name and caption. Raises BadInput."""
+    if not isinstance(row, dict) or None in row:
+        why = "has more values than the header" if isinstance(row, dict) else "is no {...}"
+        raise BadInput(f'{where} {why}; allowed: file_name and text, a caption with a comma in "quotes"')
+    for column in ("file_name", "text"):
+        if not isinstance(row.get(column), str) or not row[column].strip():
+            given = f"is {row[column]!r}" if column in row else f"is not among {', '.join(row)[:200]}"
+            raise BadInput(f"{where}: {column} {given}; every row needs file_name and text")
+    name, text = (row[column].encode(errors="replace").decode() for column in ("file_name", "text"))
+    if "\0" in name or not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == "..":
+        raise BadInput(f"{where}: {name!r} leaves the folder; allowed: a file below it, or a full path")
+    if not free_words(text):
+        raise BadInput(f"{where}: the caption {text[:80]!r} holds no word")
+    return name, " ".join(text.split())
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 whatever the machine's own is, with or without a mark at its start. Raises BadInput."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path} is not UTF-8 text (see line {line}); save it as UTF-8") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+# -- a file of prompts, and all three ----------------------------------------
 class PromptFile:
     """Prompts alone, one a line: what distilling Wan needs. A caption is one "word", the whole prompt."""
 
     vocabulary = ()
 
     def __init__(self, path: str):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"--data={path} cannot be read as text: {error}") from error
+        lines = read_text(Path(path)).replace("\r\n", "\n").replace("\r", "\n").split("\n")
         self.prompts = [line.strip() for line in lines if line.strip()]
         if not self.prompts:
             raise BadInput(f"--data={path} holds no prompt; expected is one a line")
+        self.fingerprint = fingerprint(self.prompts)
 
     def captions(self, keys: list[tuple]) -> list[list[str]]:
         return [[self.prompts[pick(rng_for("prompt", *key), len(self.prompts))]] for key in keys]
@@ -117,25 +349,7 @@ class PromptFile:
 
 def free_words(text: str) -> list[str]:
     """A caption in nobody's vocabulary → its words in order."""
-    return re.findall(r"[\w']+", text.lower())
-
-
-def _metadata(folder: Path) -> list[tuple[str, str]]:
-    """(file name, caption) of every clip. Raises BadInput."""
-    if (folder / "metadata.jsonl").is_file():
-        lines = (folder / "metadata.jsonl").read_text().splitlines()
-        try:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{folder}/metadata.jsonl is not JSON lines: {error}") from error
-    elif (folder / "metadata.csv").is_file():
-        with open(folder / "metadata.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-    else:
-        raise BadInput(f"--data={folder} holds no metadata.jsonl or metadata.csv (file_name, text)")
-    if any("file_name" not in row or "text" not in row for row in rows):
-        raise BadInput(f"--data={folder}: every row of the metadata needs file_name and text")
-    return [(row["file_name"], row["text"]) for row in rows]
+    return split_words(text, "_'")
 
 
 def source_of(cfg: Config, split: str = "train", drop_words: float = 0.0) -> World | ClipFolder | PromptFile:

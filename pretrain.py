@@ -269,20 +269,20 @@ def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> No
     good, text = batch.video01[:, : cfg.pixel_frames], tokenize(batch.words, cfg.text_length, cfg.text_width)
     if name == "codec":
         decoded = net.decode(net.encode(good.to(cfg.device))).cpu()
-        rows = dict(zip(batch.prompts, torch.cat([good, decoded], dim=3), strict=True))  # one above the other
+        rows = zip(batch.prompts, torch.cat([good, decoded], dim=3), strict=True)  # one above the other
     elif name == "reward":
         looks = torch.stack([worse_looks(x, rng_for("show", i)) for i, x in enumerate(good)])
         motion = torch.stack([worse_motion(x, rng_for("show", i)) for i, x in enumerate(batch.video01)])
         clips = {"": good, "worse looks: ": looks, "worse motion: ": motion}
         scores = {k: net(v.to(cfg.device), text.to(cfg.device)) for k, v in clips.items()}
-        rows = {}
+        rows = []
         for i, prompt in enumerate(batch.prompts):
             for kind, video in clips.items():
-                rows[f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}"] = video[i]
+                rows.append((f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}", video[i]))
     else:
         sampler = sample_teacher if name == "teacher" else rollout
         x = sampler(net, text.to(cfg.device), cfg, [rng_for("show", i) for i in range(6)])
-        rows = dict(zip(batch.prompts, codec.decode(x), strict=True))
+        rows = zip(batch.prompts, codec.decode(x), strict=True)
     contact_sheet(out / f"{name}.png", rows)
 
 

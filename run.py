@@ -61,6 +61,8 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
         nets = wan_networks(cfg, source.prompts, flags)
     else:
         nets = own_networks(cfg, Path(flags.nets or ROOT / "assets" / cfg.preset), flags.start)
+    if isinstance(source, ClipFolder):
+        nets.origin["clips"] = source.fingerprint
     if state and state.get("origin") != nets.origin:
         what = f"--resume: {out} began from others of what --nets, --start, --wan or --data name"
         raise BadInput(f"{what}: {state.get('origin')}, not {nets.origin}")
@@ -181,7 +183,7 @@ def sheet(run: Run, name: str, net: nn.Module) -> None:
     if run.rank == 0:
         many = video01.shape[1] > 32
         how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
-        contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)), **how)
+        contact_sheet(run.out / f"{name}.png", zip(prompts, video01, strict=True), **how)
         run.track.image(run.step, name, run.out / f"{name}.png")
 
 

@@ -87,7 +87,7 @@ def main() -> None:
                 i += 1
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
-    sheet = {caption: torch.stack([kept[i] for i in shown]) for caption, shown in rows.items()}
+    sheet = [(caption, torch.stack([kept[i] for i in shown])) for caption, shown in rows.items()]
     contact_sheet(out.with_suffix(".png"), sheet, scale=zoom(cfg) // 2 or 1)
     how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
     report(seconds, cfg, out, " in ".join(how) or "eager")

@@ -1,6 +1,6 @@
 """Contact sheets and video files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -20,14 +20,14 @@ def to_uint8(video01: Tensor) -> Tensor:
     return rearrange((video01.clamp(0, 1) * 255).round().byte(), "... c h w -> ... h w c").cpu()
 
 
-def contact_sheet(path: Path, rows: dict[str, Tensor], scale: int = 2, every: int = 1) -> None:
-    """One captioned row of frames per clip: rows maps a caption to video01 (F 3 H W). Writes a PNG."""
-    gap, label = 2, 20
-    strips = [to_uint8(video[::every]) for video in rows.values()]
+def contact_sheet(path: Path, rows: Iterable[tuple[str, Tensor]], scale: int = 2, every: int = 1) -> None:
+    """One row of frames per (caption, video01 (F 3 H W)); captions may be the same. Writes a PNG."""
+    gap, label, rows = 2, 20, list(rows)
+    strips = [to_uint8(video[::every]) for _, video in rows]
     frames, h, w, _ = max((s.shape for s in strips), key=lambda shape: shape[0])
     sheet = Image.new("RGB", (frames * (w * scale + gap), len(rows) * (h * scale + label + gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, (words, strip) in enumerate(zip(rows, strips, strict=True)):
+    for r, ((words, _), strip) in enumerate(zip(rows, strips, strict=True)):
         top = r * (h * scale + label + gap)
         draw.text((2, top + 1), words, fill="black", font_size=14)
         for f, frame in enumerate(strip.numpy()):

@@ -130,7 +130,7 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
         "weights over space, per frame": heat(enlarge(space[0])),
         f"weights over time: bars, {time.min():.2f} to {time.max():.2f}": bars,
     }
-    contact_sheet(path, rows, every=2)
+    contact_sheet(path, rows.items(), every=2)
 
 
 # -- weights against errors ----------------------------------------
@@ -218,7 +218,7 @@ def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, see
         ends = torch.cat([*chunks[: cfg.chunks], *chunks[-cfg.chunks :]], dim=1)
         when = f"the first {cfg.frames} frames, and the last of {FAR * cfg.frames}"
         rows[f"{student.parent.name}: {when}"] = codec.decode(ends)[0]
-    contact_sheet(path, rows, every=2)
+    contact_sheet(path, rows.items(), every=2)
 
 
 @dataclass(frozen=True)

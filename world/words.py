@@ -1,7 +1,7 @@
 """The world's vocabulary and its grammar: a prompt becomes a meaning, a meaning a caption or an embedding."""
 
 import difflib
-import re
+import unicodedata
 from functools import lru_cache
 
 import torch
@@ -42,13 +42,20 @@ def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
     return text
 
 
+def split_words(text: str, also: str = "") -> list[str]:
+    """Words of any script, full-width letters as plain ones, in lower case; digits and emoji are words too.
+    Spaces and punctuation, but for the characters `also`, part them."""
+    kinds = [(c, unicodedata.category(c)) for c in unicodedata.normalize("NFKC", text).lower()]
+    return "".join(c if k[0] in "LMN" or k == "So" or c in also else " " for c, k in kinds).split()
+
+
 def parse(prompt: str, objects: int) -> list[str]:
     """A prompt in any order → its meaning in fixed order: (colour shape motion speed) per object, background.
 
     What the prompt leaves open is "". Raises BadInput for unknown words (with the nearest known one), for an
     empty prompt, for an object described twice over, and for more objects than the model was trained on.
     """
-    words = re.findall(r"[a-z]+", prompt.lower())
+    words = split_words(prompt)
     if not words:
         raise BadInput("the prompt is empty; try 'a red circle moving left slowly on a black background'")
     check_words(words, VOCABULARY)
@@ -62,7 +69,7 @@ def parse(prompt: str, objects: int) -> list[str]:
             kind = next(i for i, known in enumerate(_CLASSES) if word in known)
             meaning[-1][kind] = _once(meaning[-1][kind], word, prompt)
     if not background and not any(word for thing in meaning for word in thing):
-        raise BadInput(f"the prompt {prompt!r} says nothing; known words: {' '.join(VOCABULARY)}")
+        raise BadInput(f"the prompt {prompt[:200]!r} says nothing; known words: {' '.join(VOCABULARY)}")
     if len(meaning) > objects:
         raise BadInput(f"the prompt names {len(meaning)} objects; this model knows at most {objects}")
     meaning += [[""] * 4] * (objects - len(meaning))
@@ -79,12 +86,13 @@ def check_words(words: list[str], vocabulary) -> None:
         if word not in vocabulary:
             near = difflib.get_close_matches(word, vocabulary, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise BadInput(f"unknown word {word!r}; {hint}known words: {' '.join(vocabulary)}")
+            raise BadInput(f"unknown word {word[:40]!r}; {hint}known words: {' '.join(vocabulary)}")
 
 
 def _once(old: str, new: str, prompt: str) -> str:
     if old and old != new:
-        raise BadInput(f"{old!r} and {new!r} contradict each other in {prompt!r}; 'and' joins two objects")
+        where = f"contradict each other in {prompt[:200]!r}"
+        raise BadInput(f"{old!r} and {new!r} {where}; 'and' joins two objects")
     return new
 
 

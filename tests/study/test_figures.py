@@ -31,7 +31,7 @@ def test_a_contact_sheet_has_a_row_per_clip_and_a_column_per_frame(tmp_path):
     """Catches swapped axes and channels: one red frame in a black clip is red where it belongs."""
     clips = torch.zeros(2, 3, 3, 8, 8)
     clips[1, 2, 0] = 1.0
-    figures.contact_sheet(tmp_path / "s.png", {"first": clips[0], "second": clips[1]}, scale=2)
+    figures.contact_sheet(tmp_path / "s.png", [("same", clips[0]), ("same", clips[1])], scale=2)
     sheet = pixels(tmp_path / "s.png")
     frame, row = 8 * 2 + 2, 8 * 2 + 20 + 2
     assert sheet.shape == (2 * row, 3 * frame, 3)
