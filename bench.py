@@ -3,6 +3,7 @@
     python bench.py                      # tiny: eager, on a GPU CUDA graphs as well; --compile adds a mode
     python bench.py wan-1.3b --bf16      # the real shapes on random weights: speed does not depend on them
     python bench.py tiny --long=10000    # is chunk 10,000 as fast as chunk 10?
+    python bench.py tiny --data=clips    # how fast are --chunks windows of clips read, and read again?
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
 remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
 from config import BadInput, Config, build, cli, read_cli
+from data import PromptFile, source_of
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import largest_process, pick_device
 from engine.rng import rng_for
@@ -161,6 +163,22 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
         return rows
 
 
+def reading(cfg: Config, flags: Flags) -> list[dict]:
+    """Windows of clips, each decoded when it is asked for, by this process alone → rows."""
+    start, source, rows = time.perf_counter(), source_of(cfg), []
+    opened = time.perf_counter() - start
+    if isinstance(source, PromptFile):
+        raise BadInput(f"--data={cfg.data} is a file of prompts; allowed here: a folder of clips")
+    for mode in ("read", "read again"):
+        start = time.perf_counter()
+        for i in range(flags.chunks):
+            source.draw([("bench", i)])
+        speed = flags.chunks / (time.perf_counter() - start)
+        rows.append({"mode": mode, "opened s": opened, "clips/s": speed})
+        rows[-1]["peak MiB"] = largest_process("RUSAGE_SELF")
+    return rows
+
+
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     cfg = build(preset, typed)
@@ -169,7 +187,7 @@ def main() -> None:
         raise BadInput(f"{given} is not possible; allowed: from 1, --long from 0")
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
-    rows = sampling(cfg, flags)
+    rows = reading(cfg, flags) if cfg.data else sampling(cfg, flags)
     passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")
     where = f"CPU, {torch.get_num_threads()} threads" if cfg.device == "cpu" else cfg.device
     where = torch.cuda.get_device_name() if cfg.device == "cuda" else where

@@ -89,7 +89,10 @@ def probe(path: Path) -> Clip:
     if not unit or not shown:
         raise unreadable(path, complaint)
     (start, _), (last, length) = min(shown), max(shown)
-    return Clip(path, float(start * unit[0]), float((last + length - start) * unit[0]))
+    seconds = float((last + length - start) * unit[0])
+    if seconds > 60 * len(shown):
+        raise unreadable(path, f"{len(shown)} frames cannot last {seconds:.0f} seconds")
+    return Clip(path, float(start * unit[0]), seconds)
 
 
 def read_clip(path: Path, cfg: Config) -> Tensor:
@@ -101,7 +104,7 @@ def read_clip(path: Path, cfg: Config) -> Tensor:
 def decode(clip: Clip, cfg: Config, first: int, count: int) -> Tensor:
     """Frames first, first + 1, ... → bytes (count 3 H W). Raises BadInput if there is none; where the file
     breaks off its last frame is repeated, with a warning."""
-    video, complaint = (_picture_frames if clip.start is None else _film_frames)(clip, cfg, first, count)
+    video, complaint = (_pictured if clip.start is None else _filmed)(clip, cfg, first, count)
     if not len(video):
         raise unreadable(clip.path, complaint)
     if len(video) < count - 1:
@@ -111,7 +114,7 @@ def decode(clip: Clip, cfg: Config, first: int, count: int) -> Tensor:
     return torch.cat([video, video[-1:].expand(count - len(video), -1, -1, -1)])
 
 
-def _film_frames(clip: Clip, cfg: Config, first: int, count: int) -> tuple[np.ndarray, str]:
+def _filmed(clip: Clip, cfg: Config, first: int, count: int) -> tuple[np.ndarray, str]:
     """From the key frame a second before: some files can only be entered to the nearest frame."""
     at, shape = first / cfg.fps, f"{cfg.width}/{cfg.height}"
     chain = (
@@ -128,15 +131,15 @@ def _film_frames(clip: Clip, cfg: Config, first: int, count: int) -> tuple[np.nd
     return (rgba[..., :3].astype(np.uint16) * rgba[..., 3:] // 255).astype(np.uint8), complaint
 
 
-def _picture_frames(clip: Clip, cfg: Config, first: int, count: int) -> tuple[np.ndarray, str]:
-    video = []
+def _pictured(clip: Clip, cfg: Config, first: int, count: int) -> tuple[np.ndarray, str]:
+    video, complaint = [], ""
     try:
         for end, picture in _pictures(clip.path):
             while len(video) < count and (first + len(video)) / cfg.fps + SLACK < end:
                 video.append(_fit(picture, cfg))
-    except Exception as error:
-        return np.array(video), str(error)
-    return np.array(video), ""
+    except Exception as error:  # as in probe
+        complaint = str(error)
+    return np.array(video), complaint
 
 
 def _pictures(path: Path) -> Iterator[tuple[float, Image.Image]]:
@@ -161,11 +164,8 @@ def _fit(picture: Image.Image, cfg: Config) -> np.ndarray:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
-    w, h = picture.size
-    side = min(w / cfg.width, h / cfg.height)
-    left, top = (w - cfg.width * side) / 2, (h - cfg.height * side) / 2
-    box, size = (left, top, w - left, h - top), (cfg.width, cfg.height)
-    return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BILINEAR, box))
+    size = (cfg.width, cfg.height)
+    return np.asarray(ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.BILINEAR))
 
 
 # -- a folder of clips ----------------------------------------
@@ -198,7 +198,8 @@ class ClipFolder:
             cut = f"captions have up to {longest} words; --text_length={cfg.text_length} keeps the first"
             warnings.warn(cut, stacklevel=2)
         self.vocabulary = sorted({word for _, text in self.clips for word in free_words(text)})
-        self.fingerprint = fingerprint([(c.path.name, c.start, c.seconds, text) for c, text in self.clips])
+        facts = json.dumps([(clip.path.name, clip.start, clip.seconds, text) for clip, text in self.clips])
+        self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:12]  # a resumed run needs the same
 
     def _choose(self, key: tuple) -> tuple[int, torch.Generator]:
         rng = rng_for("clip", *key)
@@ -244,33 +245,28 @@ class ClipFolder:
         return self.cache[number, first]
 
 
-def fingerprint(facts: list) -> str:
-    """Of what is learnt from: a resumed run has to go on with the same."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-
-
 def _index(folder: Path, names: list[str]) -> dict[str, Clip | str]:
     """Every clip, or what is wrong with it. clips.index.json keeps what was found of unchanged files; a
     folder that cannot be written does without. Raises BadInput if there is no ffmpeg."""
     file, names = folder / "clips.index.json", list(dict.fromkeys(names))
     try:
         known = {name: (*facts,) for name, facts in json.loads(file.read_text()).items() if len(facts) == 4}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError):  # none, or not ours
         known = {}
     ffmpeg("-version")
 
     def look(name: str) -> tuple[tuple, Clip | str]:
         path = _find(folder, name)
         try:
-            stamp = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
+            stamp = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
             clip = Clip(path, *known[name][2:]) if known.get(name, ())[:2] == stamp else probe(path)
             return (*stamp, *clip[1:]), clip
         except BadInput as error:
             return (), str(error)
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        bar = tqdm(pool.map(look, names), "looking at clips", len(names), delay=2)
-        found = dict(zip(names, bar, strict=True))
+    with ThreadPoolExecutor(8) as pool:
+        looked = tqdm(pool.map(look, names), "looking at clips", len(names), delay=2)
+        found = dict(zip(names, looked, strict=True))
     fresh = {name: facts for name, (facts, _) in found.items() if facts}
     if fresh != known:
         with suppress(OSError):
@@ -289,17 +285,16 @@ def _metadata(folder: Path) -> list[tuple[str, str]]:
     paths = [path for path in (folder / "metadata.jsonl", folder / "metadata.csv") if path.is_file()]
     if not paths:
         raise BadInput(f"--data={folder} holds no metadata.jsonl or metadata.csv (file_name, text)")
-    path, text, found = paths[0], read_text(paths[0]), []
-    if path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    else:
-        rows = (json.loads(line) for line in text.split("\n") if line.strip())
+    path, text, rows = paths[0], read_text(paths[0]), []
+    found = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    if path.suffix == ".jsonl":
+        found = (json.loads(line) for line in text.split("\n") if line.strip())
     try:
-        for row in rows:
-            found.append(row)
+        for row in found:
+            rows.append(row)
     except (csv.Error, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}, row {len(found) + 1} cannot be read: {error}") from error
-    return [_row(f"{path}, row {number}", row) for number, row in enumerate(found, 1)]
+        raise BadInput(f"{path}, row {len(rows) + 1} cannot be read: {error}") from error
+    return [_row(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _row(where: str, row) -> tuple[str, str]:
@@ -341,7 +336,6 @@ class PromptFile:
         self.prompts = [line.strip() for line in lines if line.strip()]
         if not self.prompts:
             raise BadInput(f"--data={path} holds no prompt; expected is one a line")
-        self.fingerprint = fingerprint(self.prompts)
 
     def captions(self, keys: list[tuple]) -> list[list[str]]:
         return [[self.prompts[pick(rng_for("prompt", *key), len(self.prompts))]] for key in keys]

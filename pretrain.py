@@ -313,6 +313,7 @@ def main() -> None:
         raise BadInput(f"--start={flags.start} is a {kind}; allowed: a codec or teacher, for its own stage")
     for name in stages:
         stage = replace(STAGES[name], **{k: v for k in ("steps", "batch", "lr") if (v := vars(flags)[k])})
+        stage = replace(stage, clips=source.fingerprint if cfg.data else "")
         expect = f"; expect {stage.expect}" * (not cfg.data)  # of the world; clips of one's own may be harder
         print(f"{name}: {stage.steps} steps of {stage.batch} clips{expect}", flush=True)
         start = time.perf_counter()

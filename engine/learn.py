@@ -30,6 +30,7 @@ class Stage:
     lr: float
     expect: str
     ema: float = 0.998
+    clips: str = ""  # what it learns from, if not the world
 
 
 def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()):
@@ -98,7 +99,7 @@ def go_on(folder: Path, stage: Stage, net, averaged, opts: list, cfg: Config, fl
     state = checkpoint.load_state(folder, cfg, FREE, flags.resume)
     if not state:
         return 0
-    then, now = (stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
+    then, now = ({"clips": ""} | stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
     if then != now:
         raise BadInput(f"--resume: {folder} was made with {then}, this run has {now}")
     net.load_state_dict(state["net"])

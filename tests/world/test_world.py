@@ -122,6 +122,7 @@ def test_forgotten_words_are_still_shown():
         (RED, ["red", "circle", "left", "slowly", "black"]),
         ("Circle, RED; on black: slowly moving left!", ["red", "circle", "left", "slowly", "black"]),
         ("a red red circle", ["red", "circle", "", "", ""]),
+        ("ａ ｒｅｄ ｃｉｒｃｌｅ　ｏｎ black", ["red", "circle", "", "", "black"]),
         ("a cross standing still", ["", "cross", "still", "", ""]),
     ],
 )
@@ -140,7 +141,11 @@ def test_two_objects():
     "prompt, said",
     [
         ("", "empty"),
-        ("  42 !", "empty"),
+        ("  !?", "empty"),
+        ("a red 圆 moving 左", "'圆'; known words"),
+        ("2 red circles", "'2'"),
+        ("a red circle 🔴", "'🔴'"),
+        ("a red " + "x" * 10**6, "'x{40}'; known"),
         ("a red cirlce", "'cirlce'.*did you mean 'circle'"),
         ("a red xylophone", "'xylophone'; known words: .*circle"),
         ("red blue circle", "'red' and 'blue' contradict"),
