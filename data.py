@@ -147,6 +147,8 @@ def _pictures(path: Path) -> Iterator[tuple[float, Image.Image]]:
     with Image.open(path) as file:
         if file.format == "MPEG":  # Pillow knows the name alone
             raise UnidentifiedImageError
+        if file.width * file.height > Image.MAX_IMAGE_PIXELS:  # a bomb, or a broken header
+            raise BadInput(f"{file.width} x {file.height} pixels are too many")
         end = 0.0
         for picture in ImageSequence.Iterator(file):
             picture.load()  # only now is its duration known

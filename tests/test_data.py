@@ -322,6 +322,13 @@ def test_pictures_of_other_kinds(tmp_path):
         assert abs(int(read_clip(tmp_path / "a.avif", CFG)[0, 1].float().mean()) - 200) < 4
 
 
+def test_a_picture_that_would_fill_memory_is_refused(tmp_path, monkeypatch):
+    draw(tmp_path / "a.gif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # of 48 x 64; at twice as many Pillow itself refuses
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(BadInput, match="64 x 48 pixels"):
+        read_clip(tmp_path / "a.gif", CFG)
+
+
 def test_the_ending_decides_nothing(folder):
     (folder / "2.mp4").rename(folder / "film.gif")
     (folder / "0.gif").rename(folder / "picture.mp4")
