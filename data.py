@@ -22,7 +22,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
@@ -53,6 +52,8 @@ class Clip(NamedTuple):
 
 def ffmpeg(*words: str) -> tuple[bytes, str]:
     """Run it → what it writes, and its complaints. Raises BadInput if there is none."""
+    import imageio_ffmpeg  # only clips need it, and not every machine has it
+
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *words]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)

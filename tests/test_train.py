@@ -13,6 +13,7 @@ from runs import KEYS, ROOT, SMALL, call, command, in_process, launch, metrics, 
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import run as run_module
 import train
 from config import build
 from engine import checkpoint, processes
@@ -314,3 +315,20 @@ def test_a_broken_rollout_does_not_take_the_tilted_critics_weight(nets, tmp_path
     w = train.critic_weight(run, x, text)
     assert w[0].isnan() and float(w[1:].sum()) == pytest.approx(3)
     assert_close(w[1:] / w[1], whole[1:] / whole[1])
+
+
+def test_a_refused_run_leaves_the_metrics_of_the_one_before(tmp_path, monkeypatch):
+    """Catches a table that is emptied before the networks are looked for."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "dmd": 0.5}\n')
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, train, "--nets=/nowhere", f"--out={tmp_path}", *KEYS)
+    assert path.read_text() == '{"step": 1, "dmd": 0.5}\n'
+
+
+def test_the_way_to_the_nets_follows_links(tmp_path):
+    """Catches ../ that is taken from a link's own place and not from where it leads."""
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep/er")
+    way = run_module.relative(tmp_path / "nets", tmp_path / "link")
+    assert (tmp_path / "link").resolve() / way == tmp_path.resolve() / "deep/er/../../nets"
