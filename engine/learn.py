@@ -15,7 +15,6 @@ from tqdm import tqdm
 from config import BadInput, Config
 from engine import checkpoint
 from engine.graphs import compiled
-from engine.muon import adam_and_muon
 from engine.processes import autocast
 
 # may change between a run and its continuation
@@ -32,17 +31,17 @@ class Stage:
     ema: float = 0.998
 
 
-def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()):
+def learn(
+    stage: Stage, net: nn.Module, opts: list, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()
+):
     """Minimise loss_of(net, averaged, step, *draw(step)): warm-up, constant, linear decay over the last 40 %.
 
     draw: step → (anything, tensors ...), a function of the step alone, so that it does not matter which
-    process draws and when. flags: out, resume, workers, compile. blocks: a transformer's; their matrices get
-    Muon.
+    process draws and when. opts: optimizers; their first learning rates are the highest. flags: out,
+    resume, workers, compile. blocks: a transformer's, for compile.
     """
     folder = checkpoint.writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
-    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    opts = adam_and_muon(net, matrices, stage.lr, torch.bfloat16 if cfg.bf16 else torch.float32)
     first = go_on(folder, stage, net, averaged, opts, cfg, flags)
     for block in blocks if flags.compile else []:
         block.forward = compiled(block.forward, cfg.device)
