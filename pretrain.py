@@ -360,6 +360,8 @@ def main() -> None:
             raise BadInput(f"{name}={vars(flags)[name]} is not possible; allowed: from 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
+    if flags.resume:
+        checkpoint.can_resume(flags.out)
     out = checkpoint.writable_folder(flags.out)
     source = source_of(cfg, drop_words=0.1)
     if isinstance(source, PromptFile):
@@ -374,7 +376,8 @@ def main() -> None:
         print(f"{name}: {stage.steps} steps of {stage.batch} clips{expect}", flush=True)
         start = time.perf_counter()
         codec = None if name == "codec" else made("codec", cfg, flags)
-        net = TRAINERS[name](cfg, stage, source, codec, flags)
+        with checkpoint.locked(f"{out}/{name}-state"):
+            net = TRAINERS[name](cfg, stage, source, codec, flags)
         minutes = (time.perf_counter() - start) / 60
         facts = {"steps": stage.steps, "command": " ".join(sys.argv)}
         facts["minutes"] = "unknown: resumed" if flags.resume else f"{minutes:.1f}"

@@ -6,15 +6,17 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from config import ROOT, BadInput, Config
 from data import ClipFolder, PromptFile, source_of
 from engine import checkpoint, processes
+from engine.checkpoint import as_json, read_metrics
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
-from engine.track import Track
 from networks import Networks, load_net, own_networks
 from reward import AXES, Balancer
 from rollout import rollout
@@ -24,6 +26,55 @@ from world.words import caption
 
 # may change between a run and its continuation
 FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads")
+
+
+class Track:
+    """Numbers and contact sheets of a run, from the first process. Raises BadInput without the package.
+
+    tool: none | tensorboard | wandb. settings: of the run. step: where it begins; what an interrupted run
+    noted after that is left out.
+    """
+
+    def __init__(self, tool: str, folder: Path, settings: dict, step: int):
+        self.path, self.board, self.wandb = folder / "metrics.jsonl", None, None
+        try:
+            if tool == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter  # optional, as wandb is: the extra `track`
+
+                self.board = SummaryWriter(str(folder / tool), purge_step=step + 1 if step else None)
+            elif tool == "wandb":
+                import wandb
+
+                self.wandb, how = wandb, {"name": folder.name, "dir": str(folder), "config": settings}
+                self.run = wandb.init(project="stream-r1", **how)
+            elif tool != "none":
+                raise BadInput(f"track={tool} is not possible; allowed: none | tensorboard | wandb")
+        except ImportError as error:
+            raise BadInput(f"--track={tool} needs what is not installed: pip install {tool}") from error
+        kept = "".join(as_json(row) for row in read_metrics(folder) if row["step"] <= step)
+        checkpoint.write_atomically(self.path, lambda name: name.write_text(kept))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(as_json({"step": step} | values))
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+        if self.wandb:
+            self.run.log(values, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        if self.board:
+            self.board.add_image(name, np.array(Image.open(path)), step, dataformats="HWC")
+        if self.wandb:
+            self.run.log({name: self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.run.finish()
 
 
 @dataclass(kw_only=True)
@@ -181,8 +232,8 @@ def sheet(run: Run, name: str, net: nn.Module) -> None:
     if run.rank == 0:
         many = video01.shape[1] > 32
         how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
-        contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)), **how)
-        run.track.image(run.step, name, run.out / f"{name}.png")
+        path = contact_sheet(run.out / f"{name}.png", dict(zip(prompts, video01, strict=True)), **how)
+        run.track.image(run.step, name, path)
 
 
 def log(run: Run, stats: dict, bar) -> None:

@@ -56,6 +56,8 @@ class Flags:
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = video_path(flags.out)
+    if flags.init and out.exists() and out.samefile(flags.init):
+        raise BadInput(f"--out={out} would replace --init; name another file")
     if flags.frames < 1:
         raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
     cfg, student, codec, read = open_networks(preset, typed, flags)
@@ -88,9 +90,9 @@ def main() -> None:
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     sheet = {caption: torch.stack([kept[i] for i in shown]) for caption, shown in rows.items()}
-    contact_sheet(out.with_suffix(".png"), sheet, scale=zoom(cfg) // 2 or 1)
+    shown = contact_sheet(out.with_suffix(".png"), sheet, scale=zoom(cfg) // 2 or 1)
     how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
-    report(seconds, cfg, out, " in ".join(how) or "eager")
+    report(seconds, cfg, f"{out} and {shown}", " in ".join(how) or "eager")
 
 
 @torch.inference_mode()
@@ -200,9 +202,9 @@ def zoom(cfg: Config) -> int:
     return max(1, 256 // min(cfg.height, cfg.width))
 
 
-def report(seconds: list[float], cfg: Config, out: Path, how: str) -> None:
+def report(seconds: list[float], cfg: Config, files: str, how: str) -> None:
     if not seconds:
-        print(f"{out}: only the given frames were asked for")
+        print(f"{files}: only the given frames were asked for")
         return
     steady = torch.tensor(seconds[1:] or seconds).double() * 1000
     p50, p99 = steady.quantile(0.5), steady.quantile(0.99)
@@ -210,7 +212,7 @@ def report(seconds: list[float], cfg: Config, out: Path, how: str) -> None:
     speed = f"{frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})"
     print(f"first frame after {seconds[0] * 1000:.0f} ms; {speed}")
     print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    print(f"{out} and {out.with_suffix('.png')}")
+    print(files)
 
 
 if __name__ == "__main__":

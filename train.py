@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -49,11 +50,20 @@ class Flags:
 def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
     openmp.use_threads(cfg.threads)
+    if processes.restarted():
+        flags = replace(flags, resume=bool(checkpoint.states(Path(flags.out))))
+    elif flags.resume:
+        checkpoint.can_resume(flags.out)
     rank, world, device = processes.start(cfg)
-    run = prepare(replace(cfg, device=device), flags, rank, world)
+    with checkpoint.locked(flags.out, mine=rank == 0):
+        learn(prepare(replace(cfg, device=device), flags, rank, world))
+
+
+def learn(run: Run) -> None:
+    """All steps that are left."""
     stop, cfg = checkpoint.stop_on_signal(), run.cfg
     ahead = range(run.step, cfg.steps)
-    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0)
+    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=run.rank > 0)
     if run.step == 0:
         sheet(run, "before", run.student)
         for i in range(cfg.critic_warmup):

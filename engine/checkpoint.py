@@ -1,17 +1,24 @@
 """Files that survive a crash: written under another name, flushed, renamed. Tensors only, no pickled code."""
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from config import BadInput, Config
 from engine import processes
@@ -21,8 +28,9 @@ _NETWORK = "height width channels stride patch patch_time heads predict text_len
 _DEPENDS = {"codec": "channels stride", "reward": "height width text_length text_width"}
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Run `write` on a temporary name beside `path`, flush, rename: a reader sees all or nothing."""
+def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -> None:
+    """Run `write` on a temporary name beside `path`, flush, rename: a reader sees all or nothing. size: in
+    bytes, to be named where there is no space. Raises BadInput; what `path` held before is then intact."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -31,8 +39,40 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_full(path.parent, error):
+            needs = f", needs {size / 2**20:.0f} MB" if size else ""
+            raise BadInput(f"no space left in {path.parent}{needs}; {path.name} was not written") from error
+        if not isinstance(error, OSError):
+            raise
+        why = error.strerror or str(error).splitlines()[0]
+        raise BadInput(f"{path} cannot be written: {why}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(folder: Path, error: Exception) -> bool:
+    """Whether a write failed for want of space. Torch's and safetensors' errors do not always say so."""
+    said = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return said or "os error 28" in str(error) or folder.is_dir() and shutil.disk_usage(folder).free < 2**20
+
+
+@contextmanager
+def locked(folder: str, mine: bool = True) -> Iterator[None]:
+    """One run a folder at a time. A process that ends, however it ends, keeps no lock. mine: whether this
+    process is the one to ask. Raises BadInput."""
+    if not mine:
+        yield
+        return
+    lock = FileLock(writable_folder(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BadInput(f"another run is writing to {folder}; another --out starts one beside it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def writable_folder(path: str, flag: str = "--out") -> Path:
@@ -123,11 +163,30 @@ def fit(net: nn.Module, tensors: dict, path: Path, assign: bool = False) -> nn.M
     return net.eval()
 
 
+def states(folder: Path) -> list[Path]:
+    """Those that a run saved there, oldest first. Names that only begin alike are somebody's copies."""
+    found = [p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}(\.pt)?", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def can_resume(out: str) -> None:
+    """Raises BadInput if --resume is asked for where no run has saved anything; names the runs beside."""
+
+    def runs(folder: Path) -> bool:
+        return any(states(p) for p in (folder, *folder.glob("*-state")))
+
+    if not runs(Path(out)):
+        near = [str(p) for p in sorted(Path(out).parent.glob("*")) if runs(p)][:6]
+        there = f"; there is {' '.join(near)}" * bool(near)
+        raise BadInput(f"--resume: {out} holds no saved step{there}; without --resume a run begins")
+
+
 def save_state(folder: Path, step: int, state: dict) -> Path:
     """Everything a run needs to go on, as folder/step_%06d.pt; only this one and one more stay."""
     path = Path(folder) / f"step_{step:06d}.pt"
-    write_atomically(path, lambda name: torch.save(state | {"step": step}, name))
-    for old in sorted(p for p in Path(folder).glob("step_*.pt") if p != path)[:-1]:
+    size = sum(x.nbytes for x in tree_leaves(state) if isinstance(x, torch.Tensor))
+    write_atomically(path, lambda name: torch.save(state | {"step": step}, name), size)
+    for old in [p for p in states(folder) if p != path and p.suffix == ".pt"][:-1]:
         old.unlink()
     return path
 
@@ -139,7 +198,7 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bo
 
     `free` names fields that may change between a run and its continuation (how long, how often to save).
     """
-    paths = sorted(Path(folder).glob("step_*"))
+    paths = states(folder)
     if paths and not resume:
         raise BadInput(f"{folder} holds a run; --resume goes on with it, another --out starts a new one")
     if not paths:
@@ -167,7 +226,13 @@ def read_metrics(folder: Path) -> list[dict]:
     """What a run has logged, a dict a step; of a last line that a kill has cut short nothing."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def as_json(row: dict[str, float]) -> str:
+    """A line of metrics.jsonl. JSON knows no NaN and no Infinity: they become null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
 
 
 def stop_on_signal() -> list[int]:

@@ -1,0 +1,215 @@
+"""What goes wrong outside of the code: names of a person's own, full disks, broken encoders, a second run."""
+
+import errno
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import ENV, KEYS, ROOT, in_process
+
+import pretrain
+import sample
+import train
+from engine import checkpoint, sheet
+
+RED = ("--prompt", "a red circle moving left", "--frames=8")
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """(script, arguments) → the one line with which it ends; exit code 2."""
+
+    def refused(script, *argv) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            in_process(monkeypatch, script, *map(str, argv))
+        lines = capsys.readouterr().err.strip().splitlines()
+        ours = [line for line in lines if line.startswith(f"{script.__name__}.py: ")]
+        assert stopped.value.code == 2 and len(ours) == 1, lines
+        return ours[0]
+
+    return refused
+
+
+@pytest.fixture
+def tried(nets, tmp_path):
+    """Arguments of train.py for a run of the random nets in tmp_path/run."""
+    return (f"--nets={nets}", f"--out={tmp_path / 'run'}", *KEYS)
+
+
+@pytest.fixture
+def drawn(nets, tmp_path):
+    """Arguments of sample.py for a short clip, tmp_path/clip.mp4."""
+    return (f"--student={nets}/stream_r1.safetensors", f"--out={tmp_path}/clip.mp4", *RED)
+
+
+# -- nothing of the person's is lost ----------------------------------------
+def test_a_persons_picture_stays(nets, tmp_path, monkeypatch, capsys):
+    """Catches a contact sheet that takes the place of the picture a clip was made from."""
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "clip.png")
+    before = (tmp_path / "clip.png").read_bytes()
+    argv = (f"--student={nets}/stream_r1.safetensors", f"--out={tmp_path}/clip.mp4", *RED)
+    for _ in range(2):
+        in_process(monkeypatch, sample, *argv, f"--init={tmp_path}/clip.png")
+        assert (tmp_path / "clip.png").read_bytes() == before
+        assert f"{tmp_path}/clip_sheet.png" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "clip.png", "clip_sheet.png"]
+
+
+def test_a_clip_is_not_replaced_by_its_continuation(drawn, tmp_path, monkeypatch, refused):
+    in_process(monkeypatch, sample, *drawn)
+    before = (tmp_path / "clip.mp4").read_bytes()
+    assert "would replace --init" in refused(sample, *drawn, f"--init={tmp_path}/clip.mp4")
+    assert (tmp_path / "clip.mp4").read_bytes() == before
+
+
+def test_rotation_touches_only_what_it_wrote(tmp_path):
+    """Catches copies that vanish with the states they were made of, and a copy that is resumed from."""
+    keep = {"config": {}, "x": torch.ones(2)}
+    for step in (1, 2):
+        checkpoint.save_state(tmp_path, step, keep)
+    names = ("step_000001_best.pt", "step_2.pt", "step_000009.pt.bak", "step_best.pt")
+    for name in names:
+        shutil.copy(tmp_path / "step_000001.pt", tmp_path / name)
+    (tmp_path / "step_notes").mkdir()
+    for step in (3, 1000000, 1000001):
+        checkpoint.save_state(tmp_path, step, keep)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {*names, "step_notes", "step_1000000.pt", "step_1000001.pt"}
+    assert checkpoint.states(tmp_path)[-1].name == "step_1000001.pt"
+
+
+def encoder(folder: Path, end: str) -> str:
+    """ffmpeg, but `end` happens to the file after every encoding ("$last" is its name)."""
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    script = f"""#!/bin/sh
+for last in "$@"; do :; done
+{real} "$@"; code=$?
+case "$last" in *.mp4) {end};; esac
+exit $code
+"""
+    path = folder / "ffmpeg.sh"
+    path.write_text(script)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("end", ['head -c 900 "$last" > "$last.x"; mv "$last.x" "$last"', 'rm "$last"'])
+def test_an_encoder_that_fails_at_its_end(drawn, tmp_path, monkeypatch, refused, end):
+    """Catches exit code 0, a broken file under the final name, and the loss of an earlier good one."""
+    in_process(monkeypatch, sample, *drawn)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", encoder(tools, end))
+    assert "clip.mp4 cannot be written" in refused(sample, *drawn)
+    shutil.rmtree(tools)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_an_encoder_that_drops_frames(tmp_path, monkeypatch):
+    real = sheet.imageio.get_writer
+
+    def get_writer(*args, **kwargs):
+        writer = real(*args, **kwargs)
+        whole, seen = writer.append_data, []
+
+        def append_data(frame):
+            seen.append(frame)
+            if len(seen) < 5:
+                whole(frame)
+
+        writer.append_data = append_data
+        return writer
+
+    monkeypatch.setattr(sheet.imageio, "get_writer", get_writer)
+    with pytest.raises(OSError, match="4 of 6 frames"):
+        sheet.write_video(tmp_path / "a.mp4", iter(np.zeros((6, 32, 32, 3), np.uint8)), 8)
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip.webp", "clip.png"])
+def test_a_full_disk_while_pictures_are_written(nets, tmp_path, monkeypatch, refused, name):
+    """One line; a clip that was there before stays. The contact sheet (.png) comes last."""
+    real = Image.Image.save
+
+    def save(self, path, *args, **kwargs):
+        if Path(path).suffix == Path(name).suffix:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    video = tmp_path / name.replace("png", "webp")
+    (tmp_path / name).write_bytes(b"earlier")
+    line = refused(sample, f"--student={nets}/stream_r1.safetensors", f"--out={video}", *RED)
+    assert f"no space left in {tmp_path}" in line
+    assert (tmp_path / name).read_bytes() == b"earlier"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_full_disk_while_a_state_is_written(tried, tmp_path, monkeypatch, refused):
+    """Torch then speaks of an "unexpected pos"; the state before stays and can be resumed from."""
+    in_process(monkeypatch, train, *tried, "--steps=1")
+    before = (tmp_path / "run" / "step_000001.pt").read_bytes()
+
+    def save(state, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))
+        line = refused(train, *tried, "--steps=2", "--resume")
+    assert f"no space left in {tmp_path / 'run'}, needs " in line and " MB" in line
+    assert (tmp_path / "run" / "step_000001.pt").read_bytes() == before
+    in_process(monkeypatch, train, *tried, "--steps=2", "--resume")
+
+
+def test_a_folder_takes_one_run(tried, tmp_path, monkeypatch, refused):
+    """Catches two runs that mix their numbers; a lock whose process was killed is none."""
+    script = f"""
+import time
+from engine.checkpoint import locked
+with locked({str(tmp_path / "run")!r}):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+    words = [sys.executable, "-c", script]
+    holder = subprocess.Popen(words, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert "another run is writing to" in refused(train, *tried, "--steps=1")
+        assert not list((tmp_path / "run").glob("*.p*"))
+    finally:
+        holder.kill()
+        holder.communicate()
+    in_process(monkeypatch, train, *tried, "--steps=1")
+
+
+def test_two_pretrainings_do_not_share_a_stage(tmp_path, refused):
+    with checkpoint.locked(tmp_path / "codec-state"):
+        assert "another run" in refused(pretrain, "--stage=codec", "--steps=1", f"--out={tmp_path}")
+
+
+def test_resuming_where_nothing_is_names_what_is(tried, tmp_path, monkeypatch, refused):
+    """Catches a typed error that becomes a new run."""
+    in_process(monkeypatch, train, *tried, "--steps=1")
+    typo = f"--out={tmp_path}/rum"
+    line = refused(train, *tried, typo, "--resume")
+    assert f"{tmp_path}/rum holds no saved step" in line and f"there is {tmp_path}/run" in line
+    assert "holds no saved step" in refused(pretrain, typo, "--resume")
+    assert not (tmp_path / "rum").exists()
+
+
+def test_torchruns_restart_resumes_what_there_is(tried, tmp_path, monkeypatch):
+    """With --max-restarts the same words are typed again: a run goes on, or begins where none was saved."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for steps in (1, 2):
+        in_process(monkeypatch, train, *tried, f"--steps={steps}", "--save_every=1")
+    assert {p.name for p in checkpoint.states(tmp_path / "run")} == {"step_000001.pt", "step_000002.pt"}
