@@ -1,6 +1,7 @@
 """A training run: what it holds, how it starts, is looked at, saved and ended. Its steps are in train.py."""
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -92,7 +93,8 @@ class Run(Networks):
     balancer: Balancer
     track: Track | None  # of the first process
     step: int = 0
-    best: float = -1.0
+    best: float = -math.inf  # held-out score of the student that is kept
+    start: float = math.nan  # of the first student
     bad: int = 0
 
 
@@ -146,7 +148,7 @@ def parts(run: Run) -> tuple[dict, dict]:
 
 
 def save(run: Run) -> None:
-    facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
+    facts = {"config": asdict(run.cfg), "best": run.best, "start": run.start, "origin": run.origin}
     if run.cfg.shard:
         from wan.shards import save_shards
 
@@ -165,7 +167,7 @@ def restore(run: Run, state: dict) -> None:
     else:
         for name in (*NETS, *STATE):
             getattr(run, name).load_state_dict(state[name])
-    run.step, run.best = state["step"], state["best"]
+    run.step, run.best, run.start = state["step"], state["best"], state.get("start", math.nan)
 
 
 def finish(run: Run) -> None:
@@ -175,14 +177,31 @@ def finish(run: Run) -> None:
     elif run.rank == 0:
         path = run.out / "student.safetensors"
         sheet(run, "after", load_net(path, run.cfg, "student"))
-        scored = f" (held-out score {run.best:.3f})" if run.best > -1 else ""
-        print(f"student {path}{scored}; {run.out}/before.png and after.png show the change", flush=True)
+        print(f"student {path}{scored(run)}; {run.out}/before.png and after.png show the change", flush=True)
         if run.folder:
             prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
             print(f'next: python sample.py {run.cfg.preset} --student={path} --prompt "{prompt}"', flush=True)
     if run.track:
         run.track.close()
     processes.stop()
+
+
+def scored(run: Run) -> str:
+    if run.cfg.data:
+        return ""
+    gain = run.best - run.start
+    than = "" if math.isnan(gain) else f", {abs(gain):.3f} {'worse' if gain < 0 else 'better'} than its start"
+    return f" (held-out score {run.best:.3f}{than})"
+
+
+def stop_if_broken(run: Run) -> None:
+    """Weights that are not finite are neither shown nor saved: they end the run."""
+    local = {name: [p.to_local() if processes.is_share(p) else p for p in getattr(run, name).parameters()]
+             for name in NETS}  # fmt: skip
+    bad = [name for name, params in local.items() if not all(p.isfinite().all() for p in params)]
+    if processes.any_of(bool(bad), run.cfg.device):
+        what = f"weights ({' '.join(bad) or 'of another process'}) are not finite after step {run.step}"
+        sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
 
 
 # -- looking at it ----------------------------------------
@@ -198,23 +217,27 @@ def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, 
     return video01.float().cpu(), [" ".join(w) if cfg.data else caption(w) for w in words]
 
 
-def select(run: Run) -> dict[str, float]:
-    """Measure the averaged student on held-out prompts after a rollout of full horizon; keep the best.
-
-    Few-step students are easily over-trained. Of real clips nobody knows the truth: there the newest student
-    is kept.
-    """
-    if run.rank and not run.cfg.shard:
-        return {}
-    stats, score = {}, run.best
-    if not run.cfg.data:
-        scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
-        stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
-        score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
-        score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
+def held_out(run: Run) -> tuple[dict[str, float], float]:
+    """Measures of the averaged student on held-out prompts after a rollout of full horizon, and a score of
+    them. Of real clips nobody knows the truth: no measures and, as for what cannot be measured, -inf."""
+    if run.cfg.data:
+        return {}, -math.inf
+    scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
+    stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
+    score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
+    score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
     if run.cfg.shard:  # all processes come to one decision
         score = processes.mean({"score": score}, run.cfg.device)["score"]
-    if score >= run.best:
+    return stats, -math.inf if math.isnan(score) else score
+
+
+def select(run: Run) -> dict[str, float]:
+    """Measure the averaged student; keep the best, of real clips the newest. Few-step students are easily
+    over-trained."""
+    if run.rank and not run.cfg.shard:
+        return {}
+    stats, score = held_out(run)
+    if score >= run.best or run.cfg.data:
         run.best = score
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
         facts["vocabulary"] = " ".join(run.source.vocabulary)

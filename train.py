@@ -31,7 +31,7 @@ from engine import checkpoint, processes
 from engine.rng import randn, rng_for
 from reward import AXES, effective_share, rollout_weight, tilt_weight
 from rollout import exit_step, rollout, rollout_chunks
-from run import Run, finish, log, prepare, save, select, sheet
+from run import Run, finish, held_out, log, prepare, save, select, sheet, stop_if_broken
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
 
@@ -66,6 +66,8 @@ def learn(run: Run) -> None:
     bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=run.rank > 0)
     if run.step == 0:
         sheet(run, "before", run.student)
+        if run.rank == 0 or cfg.shard:
+            _, run.start = held_out(run)
         for i in range(cfg.critic_warmup):
             update_critic(run, "warm-up", i)
     for step in bar:
@@ -78,11 +80,15 @@ def learn(run: Run) -> None:
         run.step = step + 1
         give_up_if_broken(run, stats)
         stats["seconds"] = time.perf_counter() - start
-        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
+        stopping = processes.any_of(bool(stop), cfg.device)
+        measuring = run.step % cfg.eval_every == 0 or run.step == cfg.steps
+        saving = run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping
+        if measuring or saving:
+            stop_if_broken(run)
+        if measuring:
             stats |= select(run)
         log(run, stats, bar)
-        stopping = processes.any_of(bool(stop), cfg.device)
-        if run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping:
+        if saving:
             save(run)
         if stopping:
             break

@@ -88,13 +88,21 @@ def writable_folder(path: str, flag: str = "--out") -> Path:
     return folder
 
 
+def not_finite(tensors: dict[str, torch.Tensor]) -> str:
+    """How many tensors hold NaN or infinity; "" if none does."""
+    bad = [k for k, x in tensors.items() if not x.isfinite().all()]
+    return f"{len(bad)} of {len(tensors)} tensors are not finite, the first is {bad[0]}" if bad else ""
+
+
 def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) -> None:
     """Weights to exchange: fp16 safetensors, the config and any `facts` (step, scores) in the header. All
-    processes call it, the first one writes."""
+    processes call it, the first one writes. Raises BadInput for numbers that are not finite."""
     tensors = {}
     for k, x in net.state_dict().items():
         x = x.full_tensor() if processes.is_share(x) else x
         tensors[k] = (x.half() if x.is_floating_point() else x).contiguous().cpu()
+    if what := not_finite(tensors):
+        raise BadInput(f"{path} is not written: in fp16 {what}")
     if processes.rank():
         return
     header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
@@ -150,7 +158,10 @@ def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Modul
         if made.get(name) != getattr(cfg, name):
             now = f"this run has {name}={getattr(cfg, name)}"
             raise BadInput(f"{path} was made with {name}={made.get(name)}, {now}")
-    return fit(net, load_file(path), path)
+    tensors = load_file(path)
+    if what := not_finite(tensors):
+        raise BadInput(f"{path} cannot be used: {what}")
+    return fit(net, tensors, path)
 
 
 def fit(net: nn.Module, tensors: dict, path: Path, assign: bool = False) -> nn.Module:

@@ -1,6 +1,7 @@
 """What goes wrong outside of the code: names of a person's own, full disks, broken encoders, a second run."""
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -213,3 +214,77 @@ def test_torchruns_restart_resumes_what_there_is(tried, tmp_path, monkeypatch):
     for steps in (1, 2):
         in_process(monkeypatch, train, *tried, f"--steps={steps}", "--save_every=1")
     assert {p.name for p in checkpoint.states(tmp_path / "run")} == {"step_000001.pt", "step_000002.pt"}
+
+
+# -- nothing is silently wrong ----------------------------------------
+@pytest.mark.parametrize("word", ["inf", "-inf", "nan", "1e999"])
+@pytest.mark.parametrize("name", ["lr", "critic_lr", "beta", "guidance", "t_max", "clip", "denoise"])
+def test_numbers_that_are_not_finite(refused, tried, name, word):
+    assert name in refused(train, *tried, f"--{name}={word}")
+
+
+def test_numbers_of_a_config_and_of_other_scripts(refused, tmp_path):
+    assert "lr" in refused(pretrain, "--lr=inf", f"--out={tmp_path}")
+    with pytest.raises(BadInput, match="lr=inf is not possible"):
+        build("tiny", {"lr": float("inf")})
+
+
+def test_weights_that_are_not_finite_end_the_run(tried, tmp_path, monkeypatch):
+    """Catches a NaN that is saved over a good state and shown as the student. The update is at fault here."""
+    in_process(monkeypatch, train, *tried, "--steps=1")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("st*")}
+    real = train.update_student
+
+    def breaks(run, step):
+        stats = real(run, step)
+        next(run.student.parameters()).data.flatten()[0] = float("nan")
+        return stats
+
+    monkeypatch.setattr(train, "update_student", breaks)
+    with pytest.raises(SystemExit) as stopped:
+        in_process(monkeypatch, train, *tried, "--steps=2", "--resume")
+    assert "weights (student) are not finite after step 2" in stopped.value.code
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("st*")} == before
+
+
+def test_weights_too_large_for_a_file(tried, tmp_path, refused):
+    """With --lr=1e9 fp32 weights stay finite for a step; as fp16 they are not. Catches a black video."""
+    assert "tensors are not finite" in refused(train, *tried, "--steps=1", "--lr=1e9")
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_sampled(tmp_path, nets, refused):
+    path = tmp_path / "student.safetensors"
+    header, tensors = checkpoint.read_header(nets / "causal.safetensors"), {}
+    tensors = checkpoint.load_file(nets / "stream_r1.safetensors")
+    tensors["head.head.bias"][:] = float("nan")
+    checkpoint.save_file(tensors, path, header | {"kind": "student"})
+    line = refused(
+        sample, f"--student={path}", f"--codec={nets}/codec.safetensors", f"--out={tmp_path}/a.mp4"
+    )
+    assert f"1 of {len(tensors)} tensors are not finite, the first is head.head.bias" in line
+
+
+def test_a_student_that_is_worse_than_its_start_says_so(tried, monkeypatch, capsys):
+    scores = iter([0.5, -0.25])
+    real = train.held_out
+    monkeypatch.setattr(train, "held_out", lambda run: ({}, next(scores)))
+    monkeypatch.setattr("run.held_out", lambda run: (real(run)[0], next(scores)))
+    in_process(monkeypatch, train, *tried, "--steps=1")
+    assert "(held-out score -0.250, 0.750 worse than its start)" in capsys.readouterr().out
+
+
+def test_a_score_that_is_no_number_still_leaves_a_student(tried, tmp_path, monkeypatch):
+    """Catches a run that ends without a student because none could be measured."""
+    measure = sys.modules["run"].measure
+    monkeypatch.setattr("run.measure", lambda *a: {k: v * torch.nan for k, v in measure(*a).items()})
+    in_process(monkeypatch, train, *tried, "--steps=1")
+    assert (tmp_path / "run" / "student.safetensors").exists()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert rows[0]["held_out_direction"] is None
+    assert np.isnan(checkpoint.read_metrics(tmp_path / "run")[0]["held_out_direction"])

@@ -13,6 +13,7 @@ Every tensor has to find its place and every place its tensor. Only tensors are 
 
 import hashlib
 import html
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -96,9 +97,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         inner = path / "transformer" if (path / "transformer").is_dir() else path
         parts = sorted(inner.glob("diffusion_pytorch_model*.safetensors"))
+        if index := sorted(inner.glob("diffusion_pytorch_model*.safetensors.index.json")):
+            parts = listed(index[0])  # an older save may lie beside
         if not parts:
             raise BadInput(f"{inner} lacks weights; expected: diffusion_pytorch_model*.safetensors")
-        return {k: v for part in parts for k, v in read_tensors(part).items()}
+        tensors = {}
+        for part in parts:
+            new = read_tensors(part)
+            if twice := sorted(new.keys() & tensors.keys()):
+                raise BadInput(
+                    f"{inner} holds {twice[0]} twice, also in {part.name}: which is the newer one?"
+                )
+            tensors |= new
+        return tensors
     if not path.is_file():
         raise BadInput(f"no weights at {path}")
     try:
@@ -112,6 +123,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise BadInput(f"{path} holds no network; looked for tensors, also inside {' '.join(_INSIDE)}")
     return {re.sub(_WRAPPERS, "", name): x for name, x in tensors.items()}
+
+
+def listed(index: Path) -> list[Path]:
+    """The files that an index of shards names. Raises BadInput."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{index} is no index of shards: {error}") from error
+    return sorted(index.parent / Path(name).name for name in names)
 
 
 # -- the video codec ----------------------------------------

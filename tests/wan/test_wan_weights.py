@@ -319,3 +319,19 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, load, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BadInput, match=r"pip install 'stream-r1\[wan\]'"):
         {"vae": load_vae, "text": load_text, "reward": partial(load_videoalign, video_fps=16)}[load](tmp_path)
+
+
+def test_shards_of_an_older_save_beside_the_index(cfg, ours, tmp_path):
+    """Catches a folder that is read whole where its index names the newer half of it."""
+    downloads.transformer(cfg).save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = open_wan(tmp_path, cfg)
+    part = max(tmp_path.glob("*.safetensors"))
+    old = {k: x + 1 for k, x in load_file(part).items()}
+    save_file(old, tmp_path / "diffusion_pytorch_model-00099-of-00099.safetensors")
+    assert same(open_wan(tmp_path, cfg), expected)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    with pytest.raises(BadInput, match="twice, also in diffusion_pytorch_model-00099"):
+        open_wan(tmp_path, cfg)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
+    with pytest.raises(BadInput, match="no index of shards"):
+        open_wan(tmp_path, cfg)
