@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from config import ROOT, BadInput, Config
 from data import ClipFolder, PromptFile, source_of
 from engine import checkpoint, processes
-from engine.checkpoint import as_json, read_metrics
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
 from networks import Networks, load_net, own_networks
@@ -27,6 +27,20 @@ from world.words import caption
 
 # may change between a run and its continuation
 FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads")
+
+
+# -- what it shows of itself ----------------------------------------
+def read_metrics(folder: Path) -> list[dict]:
+    """What a run has logged, a dict a step; of a last line that a kill has cut short nothing."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def as_json(row: dict[str, float]) -> str:
+    """A line of metrics.jsonl. JSON knows no NaN and no Infinity: they become null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
 
 
 class Track:
@@ -165,25 +179,38 @@ def restore(run: Run, state: dict) -> None:
         load_shards(state["shards"], *parts(run))
         run.balancer.load_state_dict(state["balancer"])
     else:
-        for name in (*NETS, *STATE):
-            getattr(run, name).load_state_dict(state[name])
+        with checkpoint.readable(run.out):
+            for name in (*NETS, *STATE):
+                getattr(run, name).load_state_dict(state[name])
     run.step, run.best, run.start = state["step"], state["best"], state.get("start", math.nan)
 
 
-def finish(run: Run) -> None:
-    if run.rank == 0 and run.step < run.cfg.steps:
+def finish(run: Run, signals: list[int]) -> None:
+    """signals: that have stopped this process; a stopped run ends with 128 + the first one."""
+    stopped, student = run.step < run.cfg.steps, run.out / "student.safetensors"
+    if not stopped and processes.any_of(not student.exists(), run.cfg.device):
+        # the best one is lost; the state holds the last one's average
+        run.best = -math.inf
+        select(run)
+    if run.rank == 0 and stopped:
         after = "; the traceback below is torchrun's" * torch.distributed.is_torchelastic_launched()
-        print(f"stopped after step {run.step}; --resume goes on from there{after}", flush=True)
+        there = "--resume goes on from there" if run.step else "nothing is saved before the first"
+        print(f"stopped after step {run.step}; {there}{after}", flush=True)
     elif run.rank == 0:
-        path = run.out / "student.safetensors"
-        sheet(run, "after", load_net(path, run.cfg, "student"))
-        print(f"student {path}{scored(run)}; {run.out}/before.png and after.png show the change", flush=True)
+        sheet(run, "after", load_net(student, run.cfg, "student"))
+        print(
+            f"student {student}{scored(run)}; {run.out}/before.png and after.png show the change", flush=True
+        )
         if run.folder:
             prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
-            print(f'next: python sample.py {run.cfg.preset} --student={path} --prompt "{prompt}"', flush=True)
+            print(
+                f'next: python sample.py {run.cfg.preset} --student={student} --prompt "{prompt}"', flush=True
+            )
     if run.track:
         run.track.close()
     processes.stop()
+    if stopped:
+        sys.exit(128 + next(iter(signals), signal.SIGTERM))
 
 
 def scored(run: Run) -> str:

@@ -70,6 +70,8 @@ def learn(run: Run) -> None:
             _, run.start = held_out(run)
         for i in range(cfg.critic_warmup):
             update_critic(run, "warm-up", i)
+            if processes.any_of(bool(stop), cfg.device):
+                return finish(run, stop)
     for step in bar:
         start = time.perf_counter()
         stats = update_student(run, step)
@@ -92,7 +94,7 @@ def learn(run: Run) -> None:
             save(run)
         if stopping:
             break
-    finish(run)
+    finish(run, stop)
 
 
 def update_student(run: Run, step: int) -> dict[str, float]:

@@ -3,11 +3,11 @@
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -109,13 +109,6 @@ def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) ->
     write_atomically(path, lambda name: save_file(tensors, name, header))
 
 
-def annotate(path: Path, **facts) -> None:
-    """Add facts (measured scores) to the header of weights that `save_weights` wrote."""
-    header = read_header(path) | {k: str(v) for k, v in facts.items()}
-    tensors = load_file(path)
-    write_atomically(path, lambda name: save_file(tensors, name, header))
-
-
 def read_header(path: Path) -> dict[str, str]:
     """The metadata `save_weights` wrote. Raises BadInput for a missing, corrupt or foreign file."""
     if not Path(path).is_file():
@@ -124,6 +117,9 @@ def read_header(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        if re.fullmatch(r"step_\d+\.pt", Path(path).name):
+            student = Path(path).with_name("student.safetensors")
+            raise BadInput(f"{path} is a run's state, to be resumed; its student is {student}") from error
         raise BadInput(f"{path} is not a readable safetensors file: {error}") from error
     if "kind" not in header or "config" not in header:
         raise BadInput(f"{path} was not written by this project: its header names no kind and no config")
@@ -169,7 +165,7 @@ def fit(net: nn.Module, tensors: dict, path: Path, assign: bool = False) -> nn.M
     try:
         net.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
-        what = str(error).splitlines()[1].strip()[:300]
+        what = "; ".join(line.strip()[:300] for line in str(error).splitlines()[1:3])  # missing, unexpected
         raise BadInput(f"{path} does not fit the network: {what}") from error
     return net.eval()
 
@@ -233,24 +229,30 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bo
     return state
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """What a run has logged, a dict a step; of a last line that a kill has cut short nothing."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
-
-
-def as_json(row: dict[str, float]) -> str:
-    """A line of metrics.jsonl. JSON knows no NaN and no Infinity: they become null."""
-    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What goes wrong inside is the newest state's fault. Raises BadInput."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:200]
+        raise BadInput(f"{states(folder)[-1]} does not fit this run: {why}") from error
 
 
 def stop_on_signal() -> list[int]:
-    """A list that stays empty until SIGTERM or SIGINT arrives: the loop then saves and ends."""
+    """A list that stays empty until SIGTERM or SIGINT arrives: the loop then saves and ends. A second one
+    ends the process at once, unless it is torchrun that hands on the first."""
     caught: list[int] = []
+    times: list[float] = []
+
+    def catch(number: int, frame) -> None:
+        caught.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 1:
+            os._exit(128 + number)
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: caught.append(number))
+        signal.signal(name, catch)
     return caught
 
 

@@ -1,5 +1,6 @@
 """The loop that trains one network: resumable bit for bit, with a running average, fed by other processes."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def learn(
             checkpoint.save_state(folder, step + 1, nets | run)
         if stop:
             print(f"stopped after step {step + 1}; --resume goes on from there")
-            sys.exit(0)
+            sys.exit(128 + next(iter(stop), signal.SIGTERM))
     checkpoint.die_on_signal()
     speed = (stage.steps - half) / (time.perf_counter() - start)
     print(f"{stage.name}: {speed:.1f} steps a second in the later half", flush=True)
@@ -100,8 +101,9 @@ def go_on(folder: Path, stage: Stage, net, averaged, opts: list, cfg: Config, fl
     then, now = (stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
     if then != now:
         raise BadInput(f"--resume: {folder} was made with {then}, this run has {now}")
-    net.load_state_dict(state["net"])
-    averaged.load_state_dict(state["averaged"])
-    for opt, saved in zip(opts, state["opts"], strict=True):
-        opt.load_state_dict(saved)
+    with checkpoint.readable(folder):
+        net.load_state_dict(state["net"])
+        averaged.load_state_dict(state["averaged"])
+        for opt, saved in zip(opts, state["opts"], strict=True):
+            opt.load_state_dict(saved)
     return state["step"]

@@ -62,6 +62,12 @@ def video_path(path: str) -> Path:
         raise BadInput(f"--out={path} is not possible; allowed endings: {' '.join(FORMATS)}")
     if out.is_dir():
         raise BadInput(f"--out={path} is a folder; name a file")
+    if out.suffix == ".mp4":
+        try:
+            imageio_ffmpeg.get_ffmpeg_version()
+        except (OSError, RuntimeError, IndexError) as error:
+            what = "--out=NAME.mp4 needs ffmpeg, which IMAGEIO_FFMPEG_EXE or PATH does not give"
+            raise BadInput(f"{what} ({type(error).__name__}); .gif and .webp need none") from error
     writable_folder(str(out.parent))
     return out
 

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,9 @@ from runs import ENV, KEYS, ROOT, in_process
 import pretrain
 import sample
 import train
+from config import BadInput, build
 from engine import checkpoint, sheet
+from run import read_metrics
 
 RED = ("--prompt", "a red circle moving left", "--frames=8")
 
@@ -287,4 +291,88 @@ def test_a_score_that_is_no_number_still_leaves_a_student(tried, tmp_path, monke
 
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert rows[0]["held_out_direction"] is None
-    assert np.isnan(checkpoint.read_metrics(tmp_path / "run")[0]["held_out_direction"])
+    assert np.isnan(read_metrics(tmp_path / "run")[0]["held_out_direction"])
+
+
+# -- every fault has its words, before the work ----------------------------------------
+def test_words_of_sample(drawn, refused, nets, tmp_path, monkeypatch):
+    assert "seed=-1 is not possible" in refused(sample, *drawn, "--seed=-1")
+    (tmp_path / "step_000001.pt").write_bytes(b"PK and more that is no safetensors")
+    line = refused(sample, *drawn, f"--student={tmp_path}/step_000001.pt")
+    assert "a run's state" in line and f"its student is {tmp_path}/student.safetensors" in line
+    monkeypatch.setattr(sample, "open_networks", lambda *a: pytest.fail("the work began"))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere")
+    assert "needs ffmpeg" in refused(sample, *drawn)
+
+
+def test_an_at_sign_in_a_prompt():
+    """Catches a text that is cut at its @; only digits at the very end are a frame, and what was typed is
+    quoted."""
+    cfg = build("tiny", {})
+
+    def plan(*prompts):
+        return [(p, f) for p, f, _ in sample.schedule(sample.Flags(prompt=list(prompts)), cfg, 0)]
+
+    assert plan("mail me@home", "a sign, @ work@8") == [("mail me@home", 0), ("a sign, @ work", 8)]
+    assert plan("route @66@0") == [("route @66", 0)]
+    for prompts in (("a@8",), ("a", "b"), ("a", "b @ home"), ("a", "b@9")):
+        with pytest.raises(BadInput) as caught:
+            plan(*prompts)
+        assert f"--prompt {prompts[-1]!r} is not" in str(caught.value)
+
+
+def test_a_lost_student_is_written_again(tried, tmp_path, monkeypatch):
+    in_process(monkeypatch, train, *tried, "--steps=1")
+    student = tmp_path / "run" / "student.safetensors"
+    before = checkpoint.load_file(student)
+    student.unlink()
+    in_process(monkeypatch, train, *tried, "--steps=1", "--resume")
+    after = checkpoint.load_file(student)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_state_without_a_part(tried, tmp_path, monkeypatch, refused):
+    in_process(monkeypatch, train, *tried, "--steps=1")
+    path = tmp_path / "run" / "step_000001.pt"
+    whole = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in whole.items() if k != "ema"}, path)
+    assert "step_000001.pt does not fit this run: it lacks 'ema'" in refused(
+        train, *tried, "--steps=2", "--resume"
+    )
+    torch.save(whole | {"ema": {"other": torch.ones(1)}}, path)
+    assert "does not fit this run" in refused(train, *tried, "--steps=2", "--resume")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_warm_up(tried, tmp_path, monkeypatch, capsys, number):
+    """Catches a stop that waits for the whole warm-up, and one that looks like success."""
+    real, calls = train.update_critic, []
+
+    def update_critic(run, *key):
+        calls.append(key)
+        os.kill(os.getpid(), number)
+        return real(run, *key)
+
+    monkeypatch.setattr(train, "update_critic", update_critic)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            in_process(monkeypatch, train, *tried, "--critic_warmup=50")
+    finally:
+        checkpoint.die_on_signal()
+    assert stopped.value.code == 128 + number and calls == [("warm-up", 0)]
+    assert "nothing is saved before the first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pause, code", [(0.0, 0), (1.2, 130)])
+def test_a_second_signal_ends_at_once(pause, code):
+    """Not the one that torchrun hands on, which comes within milliseconds."""
+    script = f"""
+import os, signal, time
+from engine.checkpoint import stop_on_signal
+stop = stop_on_signal()
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep({pause})
+os.kill(os.getpid(), signal.SIGINT)
+assert len(stop) == 2
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV).returncode == code

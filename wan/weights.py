@@ -33,7 +33,10 @@ from engine.checkpoint import fit, writable_folder, write_atomically
 from model import VideoDiT
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
-_WRAPPERS = r"^((model|diffusion_model|module|_fsdp_wrapped_module)\.)+|\b_(fsdp|checkpoint)_wrapped_module\."
+_WRAPPERS = (
+    r"^((model|diffusion_model|module|pipe|dit|_orig_mod|_fsdp_wrapped_module)\.)+"
+    r"|\b_(fsdp|checkpoint)_wrapped_module\.|\b_orig_mod\."
+)
 _EMBEDDERS = {
     "text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
     "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2",
@@ -87,6 +90,9 @@ def sized(cfg: Config, tensors: dict[str, Tensor], path: str | Path) -> Config:
 def read_transformer(path: str | Path) -> dict[str, Tensor]:
     """{name as in model.py: tensor}, whatever names the checkpoint has. Raises BadInput."""
     tensors = read_tensors(Path(path))
+    if lora := [name for name in tensors if re.search(r"lora_(A|B|down|up|alpha)\b|\.alpha$", name)]:
+        what = f"{path} holds LoRA factors ({lora[0]}), not a network"
+        raise BadInput(f"{what}; merge them into their base first, such as with peft's merge_and_unload")
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = {rename(name, to_diffusers=False): x for name, x in tensors.items()}
     return tensors

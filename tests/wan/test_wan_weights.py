@@ -1,6 +1,7 @@
 """wan.py against the formats that people have: diffusers' own files, original names, training checkpoints."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -147,7 +148,7 @@ def test_unreadable(cfg, tmp_path):
     downloads.transformer(cfg).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     lost = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     shutil.move(lost, tmp_path / "elsewhere")
-    refused(tmp_path / "sharded", "Missing key")
+    refused(tmp_path / "sharded", f"no weights at .*{lost.name}")
 
 
 # -- the video codec ----------------------------------------
@@ -335,3 +336,30 @@ def test_shards_of_an_older_save_beside_the_index(cfg, ours, tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
     with pytest.raises(BadInput, match="no index of shards"):
         open_wan(tmp_path, cfg)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "pipe.dit.", "pipe.dit._orig_mod.", "blocks."])
+def test_names_behind_other_wrappers(cfg, ours, tmp_path, prefix):
+    """torch.compile's, of a network and of its blocks, and DiffSynth's."""
+    if prefix == "blocks.":
+        named = {re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", k): x for k, x in ours.state_dict().items()}
+    else:
+        named = {prefix + k: x for k, x in ours.state_dict().items()}
+    save_file(named, tmp_path / "x.safetensors")
+    assert same(open_wan(tmp_path / "x.safetensors", cfg), ours)
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.self_attn.q.lora_A.weight", "blocks.0.self_attn.q.lora_down.weight"]
+)
+def test_a_lora_file_says_what_it_is(cfg, tmp_path, part):
+    name = f"diffusion_model.blocks.0.self_attn.q.{part}.weight"
+    save_file({name: torch.ones(4, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="holds LoRA factors"):
+        open_wan(tmp_path / "x.safetensors", cfg)
+
+
+def test_what_does_not_fit_says_what_the_file_holds(cfg, tmp_path):
+    save_file({"unet.conv_in.weight": torch.ones(4)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="Unexpected.*unet.conv_in.weight"):
+        open_wan(tmp_path / "x.safetensors", cfg)
