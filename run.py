@@ -147,6 +147,7 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
         restore(run, state)
     if rank == 0:
         facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
+        facts["flags"] = {k: v for k, v in vars(flags).items() if k not in ("out", "resume")}
         text = json.dumps(asdict(cfg) | facts, indent=1)
         checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
     return run

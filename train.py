@@ -14,6 +14,7 @@ the clips of one micro-batch (over all processes), and the balance sees one afte
 
 from engine import openmp  # isort: skip  (before torch loads)
 
+import json
 import math
 import sys
 import time
@@ -25,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, cli, from_cli
+from config import Config, build, cli, read_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
@@ -48,7 +49,7 @@ class Flags:
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    cfg, flags = settings()
     openmp.use_threads(cfg.threads)
     if processes.restarted():
         flags = replace(flags, resume=bool(checkpoint.states(Path(flags.out))))
@@ -57,6 +58,18 @@ def main() -> None:
     rank, world, device = processes.start(cfg)
     with checkpoint.locked(flags.out, mine=rank == 0):
         learn(prepare(replace(cfg, device=device), flags, rank, world))
+
+
+def settings() -> tuple[Config, Flags]:
+    """What is typed. With --resume what is not typed is as in the run's config.json. Raises BadInput."""
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    path = Path(flags.out) / "config.json"
+    if not (flags.resume and path.exists()):
+        return build(preset, typed), flags
+    preset, typed, _ = read_cli([f"--config={path}", *sys.argv[1:]], Flags, __doc__)
+    then, own = json.loads(path.read_text()), vars(flags)
+    same = {k: x for k, x in then.get("flags", {}).items() if own.get(k) == vars(Flags())[k]}
+    return build(preset, {"threads": then["threads"]} | typed), replace(flags, **same)
 
 
 def learn(run: Run) -> None:

@@ -101,7 +101,7 @@ def trained(folder: Path, cfg: Config, nets: Path) -> bool:
         return False
     kinds = ("codec", "teacher", "causal", *["reward"] * cfg.weighted)
     asked = asdict(cfg) | {"origin": {"nets": fingerprint(nets, kinds), "start": ""}}
-    made, free = json.loads(path.read_text()), (*MACHINE, "torch", "world")
+    made, free = json.loads(path.read_text()), (*MACHINE, "torch", "world", "flags")
     one, two = ({k: v for k, v in each.items() if k not in free} for each in (made, asked))
     return one == json.loads(json.dumps(two))  # lists for tuples, as in the file
 

@@ -376,3 +376,15 @@ os.kill(os.getpid(), signal.SIGINT)
 assert len(stop) == 2
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV).returncode == code
+
+
+def test_resume_takes_the_runs_own_settings(nets, tried, tmp_path, monkeypatch, refused):
+    """Catches a --resume that has to be told all flags again; what is typed wins where it may change."""
+    in_process(monkeypatch, train, *tried, "--method=windowed", "--seed=3", "--threads=1", "--steps=1")
+    before = json.loads((tmp_path / "run" / "config.json").read_text())
+    out = f"--out={tmp_path / 'run'}"
+    in_process(monkeypatch, train, out, "--resume", "--steps=2")
+    assert [p.name for p in checkpoint.states(tmp_path / "run")] == ["step_000001.pt", "step_000002.pt"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == before | {"steps": 2}
+    assert before["flags"]["nets"] == str(nets)
+    assert "seed=3, this run has seed=4" in refused(train, out, "--resume", "--seed=4")
