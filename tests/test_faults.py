@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ENV, KEYS, ROOT, in_process
+from runs import KEYS, ROOT, in_process
 
 import pretrain
 import sample
@@ -186,7 +186,7 @@ with locked({str(tmp_path / "run")!r}):
     time.sleep(100)
 """
     words = [sys.executable, "-c", script]
-    holder = subprocess.Popen(words, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         assert "another run is writing to" in refused(train, *tried, "--steps=1")
@@ -375,7 +375,7 @@ time.sleep({pause})
 os.kill(os.getpid(), signal.SIGINT)
 assert len(stop) == 2
 """
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV).returncode == code
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == code
 
 
 def test_resume_takes_the_runs_own_settings(nets, tried, tmp_path, monkeypatch, refused):
