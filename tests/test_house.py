@@ -78,7 +78,7 @@ def test_no_circle_of_imports():
 
 
 def test_budgets():
-    """Files <= 400 lines, functions <= 50, lines <= 110, nesting <= 4; the core <= 2,800 in 16 files."""
+    """Files <= 400 lines, functions <= 50, lines <= 110, nesting <= 4; the core <= 3,200 in 16 files."""
     for path in PRODUCT:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= 400, f"{path.name}: {len(lines)} lines"
@@ -89,7 +89,7 @@ def test_budgets():
                 assert depth(node) <= 4, f"{path.name}: {node.name} nests too deeply"
     size = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PRODUCT}
     core = sum(size[path] for path in CORE)
-    assert core <= 2800 and len(CORE) <= 16, f"{core} lines in {len(CORE)} files"
+    assert core <= 3200 and len(CORE) <= 16, f"{core} lines in {len(CORE)} files"
     for wing, most in WINGS.items():
         lines = sum(size[path] for path in PRODUCT if path.parent.name == wing)
         assert lines <= most, f"{wing}: {lines} lines; its budget is {most}"
