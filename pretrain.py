@@ -358,6 +358,8 @@ def main() -> None:
     for name in ("steps", "batch", "lr", "workers"):
         if vars(flags)[name] < 0:
             raise BadInput(f"{name}={vars(flags)[name]} is not possible; allowed: from 0")
+    if flags.workers and sys.platform == "win32":
+        raise BadInput(f"workers={flags.workers} is not possible on Windows; allowed: 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
     if flags.resume:

@@ -121,7 +121,8 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
         raise BadInput("the preset wan-1.3b, --wan=FOLDER and --data=FILE (prompts, one a line) go together")
     if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
         raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
-    track = None if rank else Track(flags.track, out, asdict(cfg), state["step"] if state else 0)
+    if state and state["step"] > cfg.steps:
+        raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
     if flags.wan:
         from wan.networks import wan_networks  # diffusers and transformers take seconds
 
@@ -139,11 +140,11 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
     student_opt = torch.optim.AdamW(nets.student.parameters(), lr=cfg.lr, **adam)
     critic_opt = torch.optim.AdamW(nets.critic.parameters(), lr=cfg.critic_lr, **adam)
+    # not earlier: what is refused leaves metrics.jsonl as it is
+    track = None if rank else Track(flags.track, out, asdict(cfg), state["step"] if state else 0)
     run = Run(**vars(nets), cfg=cfg, out=out, rank=rank, world=world, source=source, track=track,
               student_opt=student_opt, critic_opt=critic_opt, balancer=Balancer(cfg))  # fmt: skip
     if state:
-        if state["step"] > cfg.steps:
-            raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
         restore(run, state)
     if rank == 0:
         facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
@@ -270,9 +271,17 @@ def select(run: Run) -> dict[str, float]:
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
         facts["vocabulary"] = " ".join(run.source.vocabulary)
         if run.folder:  # where sample.py finds the codec
-            facts["nets"] = os.path.relpath(run.folder, run.out)
+            facts["nets"] = relative(Path(run.folder), run.out)
         checkpoint.save_weights(run.out / "student.safetensors", run.ema, run.cfg, "student", **facts)
     return stats
+
+
+def relative(path: Path, start: Path) -> str:
+    """The way from one folder to another, links followed; on Windows there may be none between two drives."""
+    try:
+        return os.path.relpath(path.resolve(), start.resolve())
+    except ValueError:
+        return str(path.resolve())
 
 
 def sheet(run: Run, name: str, net: nn.Module) -> None:

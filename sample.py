@@ -139,7 +139,7 @@ def open_networks(preset: str, typed: dict, flags: Flags):
 
 def find_codec(given: str, student: Path, header: dict) -> Path:
     """--codec, or beside the student, or among the nets that its training began from. Raises BadInput."""
-    folders = (student.parent, student.parent / header.get("nets", ""))
+    folders = dict.fromkeys((student.parent, student.parent.resolve() / header.get("nets", ".")))
     paths = [Path(given)] if given else [folder / "codec.safetensors" for folder in folders]
     for path in paths:
         if path.exists():

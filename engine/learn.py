@@ -1,5 +1,6 @@
 """The loop that trains one network: resumable bit for bit, with a running average, fed by other processes."""
 
+import os
 import signal
 import sys
 import time
@@ -89,6 +90,7 @@ def ahead(draw: Callable, steps: range, cfg: Config, workers: int) -> DataLoader
     return DataLoader(
         range(steps.stop), sampler=steps, batch_size=None, collate_fn=draw, num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # what cannot be pickled may draw
+        worker_init_fn=lambda worker: os.setpgrp(),  # a signal to the group is for the one who saves
         pin_memory=cfg.device == "cuda", generator=torch.Generator(),  # the global one is for weights
     )  # fmt: skip
 
