@@ -85,7 +85,7 @@ class Config:
     tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
-    steps: int = 50  # student updates of every method; published: 200; 120 for Self and Reward Forcing
+    steps: int = 30  # student updates of every method; published: 200; 120 for Self and Reward Forcing
     batch: int = 16  # clips per step over all processes
     accumulate: int = 1  # micro-batches per update and process; one exit step for all, published: one each
     critic_steps: int = 2  # critic updates per student update; published: 5
