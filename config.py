@@ -67,15 +67,17 @@ class Config:
     horizon: int = 2  # rollouts last up to horizon * frames; DMD looks at the last `frames`
     # method ----------------------------------------------------------------------------------------------
     method: str = "stream_r1"  # whose settings: it decides some of what follows; a field that is typed wins
-    beta: float = 0.5  # rollout weight exp(beta * reward); 0 = plain DMD; published: 2.0
+    beta: float = 2.0  # rollout weight exp(beta * reward); 0 = plain DMD
+    weight: Literal["exp", "softmax"] = "exp"  # ours: softmax(beta * reward) within a group, mean 1
     axes: tuple[str, ...] = ("VQ", "MQ", "TA")  # reward axes in use
     group: int = 1  # rollouts per prompt; above 1 the reward is relative to the prompt's mean
     balance: Literal["none", "penalty", "axis_weights"] = "penalty"  # penalty: the paper's
     balance_strength: float = 0.5  # lambda of the penalty
-    balance_window: int = 50  # updates of history, unused until full; published: 50 micro-batches, 6 updates
+    balance_window: int = 6  # judged micro-batches of history, unused until full; published: 50, 6 updates
     balance_temperature: float = 0.5  # of axis_weights: lower leans more on the axis that improves least
     space: bool = True  # weight the loss by spatial saliency, |dr| summed; published: its L2 norm
     time: bool = True  # weight the loss by temporal saliency
+    saliency_range: Literal["minmax", "percentile"] = "minmax"  # ours: 5th to 95th, between floor and 1
     floor_space: float = 0.15  # smallest spatial weight before the mean becomes 1
     floor_time: float = 0.2  # smallest temporal weight before the mean becomes 1
     fuse_temperature: float = 1.0  # softmax(-reward / T) over axes: the weakest axis speaks loudest
@@ -147,6 +149,7 @@ class Config:
         enough = bool(self.data) or self.text_length > 4 * self.objects
         check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
+        check("weight", self.weight == "exp" or self.group > 1, "exp with group=1")
         even = not any(size // self.stride % 2 for size in (self.height, self.width))
         check("released_patch_order", even or not self.released_patch_order, "with even latent sizes")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
@@ -210,9 +213,10 @@ PRESETS: dict[str, Config] = {
     "wan-1.3b": Config(
         preset="wan-1.3b", height=480, width=832, fps=16, frames=21, chunk=3, channels=16, time_stride=4,
         patch=2, patch_time=1, dim=1536, ffn=8960, layers=30, heads=12, time_freqs=256, text_length=512,
-        text_width=4096, predict="v", shift=5.0, guidance=4.0, beta=2.0, batch=64, accumulate=8, steps=200,
+        text_width=4096, predict="v", shift=5.0, guidance=4.0, batch=64, accumulate=8, steps=200,
         critic_steps=5, lr=2e-6, critic_lr=4e-7, beta2=0.999, ema=0.99, clip=10.0, bf16=True,
         checkpointing=True, shard=True, horizon=1, save_every=10, eval_every=25, sink_decay=0.999,
+        balance_window=50,
     ),
 }  # fmt: skip
 

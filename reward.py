@@ -91,15 +91,15 @@ def bradley_terry(net: RewardModel, video01: Tensor, text: Tensor, rival_text: T
 class Balancer:
     """Turns axis scores (b s) into one reward (b,), knowing how each axis has been improving.
 
-    Δ_s is the mean score of the later half of the last `window` steps minus that of the earlier half, over
-    the batches of all processes. `penalty` is the paper's; it is the same for all rollouts of a step, a
-    global scale, which Adam all but cancels. `axis_weights` does steer. Until the window is full both are the
-    plain mean.
+    Δ_s is the mean score of the later half of the last `balance_window` judged micro-batches, of all
+    processes, minus that of the earlier half. `penalty` is the paper's; it is the same for all rollouts of a
+    step, a global scale, which Adam all but cancels. `axis_weights` does steer. Until the window is full both
+    are the plain mean.
     """
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.history: deque[list[float]] = deque(maxlen=cfg.balance_window * cfg.accumulate)
+        self.history: deque[list[float]] = deque(maxlen=cfg.balance_window)
 
     def improvement(self) -> Tensor | None:
         """Δ (s,), or None during warm-up."""
@@ -130,7 +130,7 @@ class Balancer:
 
 
 def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
-    """Rewards (b,) of the global batch → weights (b,), without gradient.
+    """Rewards (b,) of the global batch → weights (b,) > 0, without gradient.
 
     group > 1: neighbours in the batch share a prompt, and only what a rollout has over their mean counts:
     good rollouts are weighted, not easy prompts. A reward that is not finite has no finite weight: train.py
@@ -140,6 +140,10 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
     if cfg.group > 1:
         r = rearrange(r, "(p k) -> p k", k=cfg.group)
         r = (r - r.nanmean(1, keepdim=True)).flatten()
+    if cfg.weight == "softmax":
+        r = rearrange(cfg.beta * r, "(p k) -> p k", k=cfg.group)
+        w = r.masked_fill(r.isnan(), -torch.inf).softmax(1) * r.isfinite().sum(1, keepdim=True)
+        return w.masked_fill(r.isnan(), torch.nan).flatten()
     return (cfg.beta * r).exp()
 
 

@@ -52,18 +52,25 @@ def fuse_axes(saliency: Tensor, scores: Tensor, temperature: float) -> Tensor:
     return (a * saliency / scale).sum(1)
 
 
-def _floored(x: Tensor, dims: tuple[int, ...], floor: float) -> Tensor:
-    """Min-max over dims to [0, 1], clamp at the floor, scale to mean 1; a flat map becomes all ones."""
-    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+def _floored(x: Tensor, floor: float, percentile: bool) -> Tensor:
+    """Rows of (... n) to [0, 1], raised to the floor, to mean 1; a flat row becomes all ones.
+
+    Published: from minimum to maximum, clamped at the floor, so that few peaks decide. percentile: from the
+    5th to the 95th, and [0, 1] becomes [floor, 1].
+    """
+    ends = (0.05, 0.95) if percentile else (0.0, 1.0)
+    low, high = (x.quantile(q, dim=-1, keepdim=True) for q in ends)
     spread = high - low
-    x = torch.where(spread > 1e-6 * high, (x - low) / spread.clamp(min=1e-30), 1.0).clamp(min=floor)
-    return x / x.mean(dims, keepdim=True)
+    x = torch.where(spread > 1e-6 * high, (x - low) / spread.clamp(min=1e-30), 1.0).clamp(0, 1)
+    x = floor + (1 - floor) * x if percentile else x.clamp(min=floor)
+    return x / x.mean(-1, keepdim=True)
 
 
-def factorise(saliency: Tensor, floor_time: float, floor_space: float) -> tuple[Tensor, Tensor]:
+def factorise(saliency: Tensor, floor_time: float, floor_space: float, percentile: bool = False):
     """(b f h w) → W_time (b f), W_space (b f h w), each of mean 1 (W_space in every frame)."""
-    time = _floored(reduce(saliency, "b f h w -> b f", "mean"), (1,), floor_time)
-    return time, _floored(saliency, (2, 3), floor_space)
+    time = _floored(reduce(saliency, "b f h w -> b f", "mean"), floor_time, percentile)
+    space = _floored(rearrange(saliency, "b f h w -> b f (h w)"), floor_space, percentile)
+    return time, space.view_as(saliency)
 
 
 def scramble(saliency: Tensor) -> Tensor:
@@ -77,7 +84,7 @@ def intra_weight(saliency: Tensor, scores: Tensor, cfg: Config) -> Tensor:
     fused = fuse_axes(saliency, scores, cfg.fuse_temperature)
     if cfg.released_patch_order:
         fused = scramble(fused)
-    time, space = factorise(fused, cfg.floor_time, cfg.floor_space)
+    time, space = factorise(fused, cfg.floor_time, cfg.floor_space, cfg.saliency_range == "percentile")
     time = time if cfg.time else torch.ones_like(time)
     space = space if cfg.space else torch.ones_like(space)
     return rearrange(time, "b f -> b f 1 1 1") * rearrange(space, "b f h w -> b f 1 h w")

@@ -23,6 +23,7 @@ from torch import Tensor
 from codec import Codec
 from config import ROOT, BadInput, Config, build, from_words
 from engine.checkpoint import fingerprint, read_header, read_metrics, writable_folder
+from engine.processes import pick_device
 from engine.rng import rng_for
 from model import VideoDiT
 from networks import load_net
@@ -47,7 +48,7 @@ def compare(names: list[str], typed: dict, how) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the running training along
     nets = Path(how.nets or ROOT / WORLDS[how.world][1])
     facts = {"world": how.world, "clips": how.clips, "nets": fingerprint(nets)}
-    for seed, name in product(range(how.seeds), names):
+    for seed, name in product(range(how.first, how.first + how.seeds), names):
         fields = fields_of(name, how.world, typed) | {"seed": seed}
         typed_as = [as_flag(k, v) for k, v in fields.items() if k not in MACHINE]
         command = " ".join(["python train.py", *typed_as])
@@ -89,7 +90,7 @@ def train_and_measure(run: dict, fields: dict, folder: Path, nets: Path) -> list
             return [run | {"view": "failed"}]
     if (last := last_step(folder)) < cfg.steps:
         raise BadInput(f"{folder} stopped at step {last} of {cfg.steps}; the same command goes on from there")
-    facts, views = judge(run["row"], folder, run["seed"], nets, run["clips"])
+    facts, views = judge(run["row"], folder, run["seed"], nets, run["clips"], pick_device(cfg))
     return [run | facts | {"view": view} | found for view, found in views.items()]
 
 
@@ -110,12 +111,12 @@ def last_step(folder: Path) -> int:
     return max((row["step"] for row in read_metrics(folder)), default=0)
 
 
-def judge(name: str, folder: Path, seed: int, nets: Path, clips: int) -> tuple[dict, dict[str, dict]]:
+def judge(name: str, folder: Path, seed: int, nets: Path, clips: int, device: str) -> tuple[dict, dict]:
     """A run's student → facts of the run, {view: measures}; one of the context rows or the base also under
     every level of context noise."""
     path = folder / "student.safetensors"
     header = read_header(path)
-    cfg = from_words(header["config"], {"device": "cpu"})
+    cfg = from_words(header["config"], {"device": device})
     student, codec = load_net(path, cfg, "student"), load_net(nets / "codec.safetensors", cfg, "codec")
     views, seconds = watch(student, codec, cfg, seed, clips)
     if name == BASE or name.startswith("context-"):
@@ -148,13 +149,14 @@ def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -
     for first in range(0, clips, 32):  # FEW is two of these
         ids, far = range(first, min(first + 32, clips)), FAR if first < FEW else 1
         words = World(cfg, "test").captions([("compare", i) for i in ids])
-        text, prompts = tokenize(words, cfg.text_length, cfg.text_width), [caption(w) for w in words]
+        prompts = [caption(w) for w in words]
+        text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
         start = time.perf_counter()
         rngs = [rng_for("compare", seed, i) for i in ids]
         x = list(islice(stream(student, text, cfg, rngs), far * cfg.chunks))
         seconds += [(time.perf_counter() - start) / len(x)] * (far > 1)
         start01, end01 = (
-            codec.decode(torch.cat(part, 1)).float() for part in (x[: cfg.chunks], x[-cfg.chunks :])
+            codec.decode(torch.cat(part, 1)).float().cpu() for part in (x[: cfg.chunks], x[-cfg.chunks :])
         )
         found = measure(start01, prompts)
         views["within"].append(found | three_axes(found))

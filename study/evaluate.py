@@ -49,6 +49,7 @@ class Flags:
     # of `study.evaluate table`
     methods: str = ""  # rows of study/rows.py, comma-separated; default all
     seeds: int = 5  # 0: only print what has been measured
+    first: int = 0  # the first of these seeds
     shown: tuple[int, ...] = ()  # print these seeds alone; default all
     world: str = "one"  # objects in a clip: one | two
     against: str = ""  # the row all others are compared with, by seeds both have; default: their controls

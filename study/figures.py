@@ -253,7 +253,7 @@ def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
     if cfg.data:
         raise BadInput(f"{student} learnt from clips; only the procedural world can be measured")
     if not (cfg.beta or cfg.space or cfg.time):
-        raise BadInput(f"{student} learnt without weights; allowed: with --beta=0.5, --space or --time")
+        raise BadInput(f"{student} learnt without weights; allowed: with --beta=2, --space or --time")
     if cfg.batch < GROUPS:
         raise BadInput(f"batch={cfg.batch} is not possible; allowed: {GROUPS} or more")
     if clips < 2 * cfg.batch or clips % cfg.batch:

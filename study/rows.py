@@ -10,6 +10,7 @@ BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view
 _RF, _SR1, _DIAGONAL, _PLAIN, _TILTED = (
     {"method": name} for name in ("reward_forcing", "stream_r1", "diagonal", WINDOWED, "tilted")
 )
+_HALF = _SR1 | {"beta": 0.5, "balance_window": 50}
 _TWO_STEPS = {"denoise": (1.0, 0.5)}
 ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     # Reward Forcing's parts: the sink, its decay, its precision
@@ -18,18 +19,29 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "reward_forcing-ema.9": _RF | {"sink_decay": 0.9},
     "reward_forcing-ema.999": _RF | {"sink_decay": 0.999},
     "reward_forcing-ema.999_bf16": _RF | {"sink_decay": 0.999, "sink_dtype": "bf16"},
-    # Stream-R1's parts; penalty and axis weights with a history short enough to act in a short run
-    "stream_r1-inter": _PLAIN | {"beta": 0.5},
+    # Stream-R1's parts; the rollout's weight alone at other strengths
+    "stream_r1-inter": _PLAIN | {"beta": 2.0},
+    "stream_r1-inter-beta.5": _PLAIN | {"beta": 0.5},
+    "stream_r1-inter-beta8": _PLAIN | {"beta": 8.0},
     "stream_r1-space": _PLAIN | {"space": True},
     "stream_r1-space_scrambled": _PLAIN | {"space": True, "released_patch_order": True},
     "stream_r1-time": _PLAIN | {"time": True},
     "stream_r1-time_space": _PLAIN | {"time": True, "space": True},
     "stream_r1-unbalanced": _SR1 | {"balance": "none"},
-    "stream_r1-penalty10": _SR1 | {"balance_window": 10},
-    "stream_r1-axis_weights10": _SR1 | {"balance": "axis_weights", "balance_window": 10},
+    "stream_r1-axis_weights": _SR1 | {"balance": "axis_weights"},
+    "windowed-group4": _PLAIN | {"group": 4},
     "stream_r1-group4": _SR1 | {"group": 4},
+    "stream_r1-softmax4": _SR1 | {"group": 4, "weight": "softmax"},
+    "stream_r1-percentile": _SR1 | {"saliency_range": "percentile"},
     "stream_r1-one_weight": _SR1 | {"released_weight": True},
     "stream_r1-kv_grad": _SR1 | {"kv_grad": True},
+    # a quarter of the published strength, and a balance that hardly acts: runs of before
+    "reward_forcing-beta.5": _RF | {"beta": 0.5},
+    "reward_forcing-beta.5-no_sink": _RF | {"beta": 0.5, "sink": 0, "sink_mode": "none"},
+    "reward_forcing-beta.5-static_sink": _RF | {"beta": 0.5, "sink_mode": "static"},
+    "stream_r1-beta.5": _HALF,
+    "stream_r1-beta.5-2steps": _HALF | _TWO_STEPS,
+    "stream_r1-beta.5-guidance3-ema.95": _HALF | {"guidance": 3.0, "ema": 0.95},
     # Diagonal Distillation's parts
     "diagonal-432": _DIAGONAL | {"taper": "432", "motion": 0.2},
     "diagonal-taper": _DIAGONAL | {"motion": 0.0, "context": "clean"},
@@ -74,17 +86,17 @@ def fields_of(name: str, world: str, typed: dict) -> dict:
 
 
 def reference(row: str) -> str:
-    """The row that a row is compared with: the same cache and guidance without the row's own technique; other
-    guidance with the usual one, other sinks with the EMA sink, weights of the motion term beside a taper with
-    none."""
+    """The row that a row is compared with: the same cache, guidance and prompts without the row's own
+    technique; other guidance with the usual one, other sinks with the EMA sink, weights of the motion term
+    beside a taper with none."""
     cfg = build("tiny", ROWS[row])
-    if row.startswith("reward_forcing-"):
-        return "reward_forcing"
+    if row.startswith("reward_forcing-") and row != "reward_forcing-beta.5":
+        return "reward_forcing-beta.5" if "beta.5" in row else "reward_forcing"
     if row in ("diagonal-motion.2", "diagonal-motion1"):
         return "diagonal-motion0"
     if not cfg.window:
         return BASE
-    plain = build("tiny", _PLAIN | {"denoise": cfg.denoise, "guidance": cfg.guidance})
+    plain = build("tiny", _PLAIN | {"denoise": cfg.denoise, "guidance": cfg.guidance, "group": cfg.group})
     plain = build("tiny", _PLAIN | {"denoise": cfg.denoise}) if cfg == plain else plain
     return next(name for name in ROWS if build("tiny", ROWS[name]) == plain)
 

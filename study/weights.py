@@ -47,7 +47,8 @@ def weights_and_errors(nets: dict, cfg: Config, clips: int, seed: int) -> dict[s
         fours = [slice(f, f + 4) for f in range(x.shape[1] - 3)]
         heavy = torch.stack([time[:, four].mean(1) for four in fours], 1)
         jitter = torch.stack([measure(video01[:, four], prompts)["jitter"] for four in fours], 1)
-        inter = rollout_weight(scores.mean(1), replace(cfg, group=1))  # no two of these share a prompt
+        alone = replace(cfg, group=1, weight="exp")  # no two of these share a prompt
+        inter = rollout_weight(scores.mean(1), alone)
         wrong = {axis: 1 - v for axis, v in three_axes(measure(video01, prompts)).items()}
         rows = {f"w_inter of rollouts: 1 - {axis}": (inter[None], v[None]) for axis, v in wrong.items()}
         rows["W_time of four frames: jitter"] = heavy, jitter

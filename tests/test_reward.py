@@ -91,6 +91,17 @@ def test_easy_prompts_get_no_weight():
     assert not torch.allclose(rollout_weight(R, alone), rollout_weight(R + per_prompt, alone))
 
 
+def test_softmax_shares_out_a_prompt():
+    """Catches a softmax over the whole batch, one that loses its scale, a NaN that spreads."""
+    cfg, r = Config(beta=2.0, group=2, weight="softmax"), torch.tensor([1.0, 0.0, 7.0, 7.0])
+    share = torch.tensor([2.0]).sigmoid().item()
+    torch.testing.assert_close(rollout_weight(r, cfg), torch.tensor([2 * share, 2 - 2 * share, 1.0, 1.0]))
+    broken = rollout_weight(torch.tensor([float("nan"), 0.0, 7.0, float("inf")]), cfg)
+    assert broken.isnan().tolist() == [True, False, False, True] and broken[1] == broken[2] == 1
+    with pytest.raises(ValueError, match="weight=softmax"):
+        Config(weight="softmax")
+
+
 def test_weights_are_constants():
     """Catches a weight through which the student could raise its reward directly."""
     assert not rollout_weight(R.clone().requires_grad_(), Config()).requires_grad
@@ -128,7 +139,8 @@ def test_warm_up_is_the_plain_mean(balance):
 
 def test_penalty_by_hand():
     """Catches a penalty on the spread of the scores where that of the improvements is meant."""
-    balancer, r = fed(Config(balance="penalty", balance_window=4, balance_strength=0.5))
+    cfg = Config(balance="penalty", balance_window=4, balance_strength=0.5, accumulate=2)
+    balancer, r = fed(cfg)  # a window of micro-batches, as many as it says whatever is accumulated
     assert balancer.improvement().tolist() == [1, 0, 4]
     torch.testing.assert_close(
         r, HISTORY[3].mean(1) - 0.5 * (13 / 3) ** 0.5

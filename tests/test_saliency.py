@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import Config
-from reward import RewardModel
+from reward import RewardModel, effective_share
 from saliency import factorise, fuse_axes, intra_weight, reward_saliency, to_latent_grid
 
 FRAMES, H, W, CELL = 4, 3, 5, 8  # of the latent; nothing is square, so that swapped axes do not pass
@@ -180,6 +180,18 @@ def test_factors_by_hand():
     torch.testing.assert_close(
         space[0].flatten(1), torch.stack([first / first.mean(), second / second.mean()])
     )
+
+
+def test_percentiles_by_hand():
+    """Catches one bright cell that pushes others to the floor, and a floor that clamps."""
+    cells = torch.cat([torch.linspace(0, 1, 21), torch.tensor([-9.0, 9.0])])  # 23 cells, two outliers
+    low, high = cells.quantile(0.05), cells.quantile(0.95)
+    expected = 0.15 + 0.85 * ((cells - low) / (high - low)).clamp(0, 1)
+    _, space = factorise(cells.view(1, 1, 1, 23), 0.2, 0.15, percentile=True)
+    torch.testing.assert_close(space.flatten(), expected / expected.mean())
+    maps, scores = uniform(0, 2, 3, FRAMES, H, W) ** 4, uniform(1, 2, 3)
+    flat, peaked = (intra_weight(maps, scores, Config(saliency_range=k)) for k in ("percentile", "minmax"))
+    assert effective_share(flat.flatten()) > effective_share(peaked.flatten()) + 0.05
 
 
 @pytest.mark.parametrize("space", [True, False])

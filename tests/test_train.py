@@ -278,7 +278,7 @@ def test_a_run_is_not_resumed_with_another_config(nets, tmp_path, monkeypatch, c
     in_process(monkeypatch, train, *argv, "--steps=1")
     with pytest.raises(SystemExit) as stopped:
         in_process(monkeypatch, train, *argv, "--steps=2", "--beta=1.5", "--resume")
-    assert stopped.value.code == 2 and "beta=0.5" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "beta=2.0" in capsys.readouterr().err
 
 
 def test_plain_dmd_needs_no_reward(nets, tmp_path, monkeypatch):

@@ -109,13 +109,13 @@ def test_weights_are_compared_with_the_errors_of_the_same_cells(nets, tmp_path, 
         assert torch.equal(jitter[:, f], measure(video01[:, f : f + 4], prompts)["jitter"])
     for axis, good in three_axes(measure(video01, prompts)).items():
         inter, error = pairs[0][f"w_inter of rollouts: 1 - {axis}"]
-        assert torch.allclose(inter, (0.5 * scores.mean(1)).exp().expand(2, 8))
+        assert torch.allclose(inter, (2.0 * scores.mean(1)).exp().expand(2, 8))
         assert torch.equal(error, 1 - good.view(2, 8))
     fields = ("--axes=VQ", "--no-time", "--group=4", "--seed=1")
     call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=16", "--batch=8", *fields)
     assert (pairs[1]["W_time of four frames: jitter"][0] == 1).all()
     inter, _ = pairs[1]["w_inter of rollouts: 1 - text"]
-    assert torch.allclose(inter, (0.5 * scores[:, 0]).exp().expand(2, 8))
+    assert torch.allclose(inter, (2.0 * scores[:, 0]).exp().expand(2, 8))
     assert not torch.equal(clips[2], clips[0])
 
 
