@@ -19,16 +19,17 @@ MEASURES = (
     "looks motion text colour shape direction speed background jitter stall sharpness paint noise seams "
     "saturation_drift contrast_drift"
 ).split()
-_TEXTS = ("row", "world", "view", "nets", "command")
+_TEXTS = "row world view nets command job setting weight measure device".split()
 _WHOLE = ("seed", "clips", "prompts", "steps", "batch", "chosen step", "forwards")
 FACTS = ("seconds per chunk of 32 clips", "seconds", "ess", "w_inter", "w_intra_max")
 COLUMNS = (
     "row", "seed", "world", "clips", "view", "prompts", *MEASURES, "chosen step", *FACTS, "forwards", "steps",
     "batch", "nets", "command",
 )  # fmt: skip
+ORDER = ("world", "clips", "row", "seed")
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, columns: tuple = COLUMNS) -> list[dict]:
     """Lines as dictionaries, numbers as numbers, nan where a measure is empty; none if there is no file.
     Raises BadInput for a file of another kind."""
     if not path.exists():
@@ -36,9 +37,9 @@ def read(path: Path) -> list[dict]:
     try:
         with open(path, newline="") as file:
             table = csv.DictReader(file)
-            if tuple(table.fieldnames or ()) != COLUMNS:
+            if tuple(table.fieldnames or ()) != columns:
                 raise ValueError("other columns")
-            return [{name: _value(name, line[name]) for name in COLUMNS} for line in table]
+            return [{name: _value(name, line[name]) for name in columns} for line in table]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise BadInput(f"--results={path} was not written by study.evaluate table: {error!r}") from error
 
@@ -49,13 +50,12 @@ def _value(name: str, text: str) -> str | int | float:
     return int(text or 0) if name in _WHOLE else float(text or "nan")
 
 
-def append(path: Path, lines: list[dict]) -> None:
-    """Add lines, sorted by world, clips and row; whoever reads sees all of them or none."""
+def append(path: Path, lines: list[dict], columns: tuple = COLUMNS, order: tuple = ORDER) -> None:
+    """Add lines, sorted by some columns; whoever reads sees all of them or none."""
     with FileLock(path.with_suffix(".lock")):
-        order = ("world", "clips", "row", "seed")
-        known = sorted([*read(path), *lines], key=lambda line: [line[k] for k in order])
+        known = sorted([*read(path, columns), *lines], key=lambda line: [line[k] for k in order])
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
         writer.writeheader()
         for line in known:
             writer.writerow({k: "" if v != v else v for k, v in line.items()})

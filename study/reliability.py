@@ -1,0 +1,436 @@
+"""When does a reward help? exp(β r) as a weight on how far the teacher can be relied on.
+
+    python -m study.reliability                     # tables and figure of what study/reliability.csv holds
+    python -m study.reliability usefulness          # (b) one step: its signal to noise and its direction
+    python -m study.reliability trained             # (c) students whose teacher is wrong somewhere
+    python -m study.reliability capacity            # (d) students of 2, 3 and 6 layers
+    python -m study.reliability all --device=cuda   # (b) to (d)
+    python -m study.reliability trained/low/4/1     # one job of these; `jobs` lists them
+
+(a), the law in one dimension, is computed with the tables. Jobs append to one file. The same command may be
+started several times side by side: a job is left to whoever took it first, and an interrupted command goes on
+where it stopped. A wrong teacher: on the worse half of each prompt's rollouts, odd chunks of its clean
+estimate lie one latent cell too far to the right. Worse says the learned reward (low), what pixels show
+(pixels), or a lot (random).
+"""
+
+from engine import openmp  # isort: skip  (before torch loads)
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from config import ROOT, BadInput, Config, build, cli, read_cli
+from dmd import dmd_gradient, dmd_loss, sample_t
+from engine.checkpoint import save_weights, writable_folder
+from engine.processes import pick_device
+from engine.rng import randn, rng_for
+from model import VideoDiT, add_noise, guided_x0, shift_time, to_x0
+from networks import load_net, own_networks
+from pretrain import STAGES, train_causal
+from pretrain import Flags as Pretraining
+from reward import Balancer, effective_share, rollout_weight
+from rollout import exit_step, rollout, rollout_chunks
+from run import Run
+from saliency import fuse_axes, intra_weight, reward_saliency, to_latent_grid
+from study import results
+from study.compare import FAR, watch
+from study.figures import BLUE, GREY, ORANGE, canvas, finish
+from study.tables import interval
+from train import average, draw, update, update_critic, weigh
+from world.measure import measure, three_axes
+from world.scene import World
+from world.words import caption
+
+NETS = ROOT / "assets/tiny"
+COLUMNS = ("job", "seed", "setting", "weight", "measure", "value", "device")
+FAULTS = ("exact", "low", "pixels", "random")
+WINDOWED, FULL = {"method": "windowed"}, {"method": "stream_r1"}
+WEIGHTS = {
+    "0": WINDOWED,
+    "2": WINDOWED | {"beta": 2.0},
+    "4": WINDOWED | {"beta": 4.0},
+    "full": FULL | {"beta": 2.0},
+}
+SPREADS = (0.25, 0.5, 0.75, 1.0, 1.25)  # of (a): the student's, the teacher's is 1
+STEPS, CLIPS = {"trained": 24, "capacity": 60}, 96
+MAPS = ("no map", "min-max", "percentiles", "another clip's", "residual")
+PAIRS = [(MAPS[0], b) for b in (0.0, 0.5, 2.0, 8.0, -2.0)] + [(m, 0.0) for m in MAPS[1:]] + [(MAPS[1], 2.0)]
+PLAIN = {"trained": "0", "capacity": "0", "usefulness": "no map, β = 0"}  # what weights are compared with
+
+
+@dataclass(frozen=True)
+class Flags:
+    results: Path = ROOT / "study/reliability.csv"  # the file jobs append to
+    out: Path = Path("out/reliability")  # folder of the figure, of small students' starts and of locks
+
+
+def jobs() -> list[str]:
+    """part/setting/weight/seed, what matters most first."""
+    names = [f"trained/{f}/{w}/{s}" for s, f, w in product(range(1, 6), ("low", "exact"), "024")]
+    names += [f"trained/{f}/{w}/{s}" for f, s, w in product(("pixels", "random"), range(1, 6), "024")]
+    names += [f"usefulness/{start}/all/{s}" for start, s in product(("causal", "stream_r1"), range(1, 7))]
+    return names + [f"capacity/{k}/{w}/{s}" for s, k, w in product(range(1, 4), "236", ("0", "2", "full"))]
+
+
+# -- (a) one dimension ----------------------------------------
+def law(s: float, beta: float, t: Tensor) -> float:
+    """Gain in E r over the teacher N(0, 1), r = x, where weighted DMD at times t (n,) in (0, 1) leaves a
+    student N(θ, s²) that can move its mean alone.
+
+    Its clips under weights exp(β x) are N(θ + β s², s²). With a = 1 - t and k = a v / (a² v + t²), the slope
+    of the posterior mean for variance v, the force is zero where θ Σ(1 - a k_1) = β s² Σ a (k_1 - k_s²). As
+    t → 0, that is β (1 - s²).
+    """
+    a = 1 - t
+    own, teacher = (a * v / (a**2 * v + t**2) for v in (s**2, 1.0))
+    return float(beta * s**2 * (a * (teacher - own)).sum() / (1 - a * teacher).sum())
+
+
+def law_measured(s: float, beta: float, t: Tensor, seed: int, steps: int = 300, batch: int = 2048) -> float:
+    """The same by steps along the weighted gradient of samples: mean θ of the later half."""
+    rng, theta, path = rng_for("law", seed), torch.zeros(()), []
+    cfg = build("tiny", {"beta": beta, "group": batch, "batch": batch})
+    stiff = (t**2 / ((1 - t) ** 2 + t**2)).mean()  # how hard the teacher pulls: it sets the step size
+    for _ in range(steps):
+        x, noise = theta + s * torch.randn(batch, generator=rng), torch.randn(batch, generator=rng)
+        at = t[torch.randint(len(t), (batch,), generator=rng)]
+        a = 1 - at
+        xt = a * x + at * noise
+        fake = theta + a * s**2 / (a**2 * s**2 + at**2) * (xt - a * theta)
+        real = a / (a**2 + at**2) * xt
+        theta = theta - 0.1 / stiff * (rollout_weight(x, cfg) * (fake - real)).mean()
+        path.append(theta)
+    return float(torch.stack(path[steps // 2 :]).mean())
+
+
+def law_rows(cfg: Config, beta: float = 0.5, seeds: int = 5) -> list[tuple]:
+    """(which times, s, exact, measured, half a 95 % interval), gains in units of β."""
+    warped = cfg.t_min + (cfg.t_max - cfg.t_min) * shift_time((torch.arange(256) + 0.5) / 256, cfg.shift)
+    rows = []
+    for (when, t), s in product(
+        {"t = .02": torch.tensor([0.02]), "t as in training": warped}.items(), SPREADS
+    ):
+        tried = [law_measured(s, beta, t, seed) / beta for seed in range(seeds)]
+        rows.append((when, s, law(s, beta, t) / beta, *interval(tried)))
+    return rows
+
+
+# -- the fault ----------------------------------------
+def shifted(teacher: Callable, wrong: Tensor, chunk: int) -> Callable:
+    """The teacher; for samples `wrong` (b,) bool odd chunks of its clean estimate lie one cell further."""
+
+    def call(xt: Tensor, t: Tensor, text: Tensor):
+        v, kv = teacher(xt, t, text)
+        clean = to_x0(v.float(), xt, t)
+        odd = (torch.arange(xt.shape[1]) // chunk) % 2 == 1
+        bad = wrong.repeat(len(xt) // len(wrong))[:, None]  # guidance asks for two estimates at once
+        clean = torch.where(rearrange(bad & odd, "b f -> b f 1 1 1").to(xt.device), clean.roll(1, -1), clean)
+        return (xt - clean) / rearrange(t, "b f -> b f 1 1 1"), kv
+
+    return call
+
+
+@torch.no_grad()
+def worse(run: Run, fault: str, x: Tensor, text: Tensor, words: list, *key, group: int) -> Tensor:
+    """The rollouts x (b f c h w) that the teacher is wrong on (b,) bool: half of every `group` neighbours."""
+    video01 = run.codec.decode(x).float()
+    if fault == "low":
+        score = run.reward(video01, text).mean(1).cpu()
+    elif fault == "pixels":
+        score = torch.stack([*three_axes(measure(video01, [caption(w) for w in words])).values()]).mean(0)
+    else:
+        score = torch.rand(len(x), generator=rng_for(run.cfg.seed, "fault", *key))
+    rank = score.view(-1, group).argsort(1).argsort(1).flatten()
+    return (rank < group // 2) & (fault != "exact")
+
+
+# -- (b) one step ----------------------------------------
+def begin(nets: Path, cfg: Config, student: VideoDiT) -> Run:
+    """Networks and optimizers, the reward also for students without weights; the critic has caught up."""
+    held = own_networks(replace(cfg, beta=1.0), nets, "")
+    held.student, held.ema = student, copy.deepcopy(student)
+    adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
+    run = Run(
+        **vars(held), cfg=cfg, out=Path(), rank=0, world=1, source=World(cfg), track=None, balancer=Balancer(cfg),
+        student_opt=torch.optim.AdamW(student.parameters(), lr=cfg.lr, **adam),
+        critic_opt=torch.optim.AdamW(held.critic.parameters(), lr=cfg.critic_lr, **adam),
+    )  # fmt: skip
+    for i in range(cfg.critic_warmup):
+        update_critic(run, "warm-up", i)
+    return run
+
+
+def gentle(saliency: Tensor, floor: float = 0.5) -> Tensor:
+    """(b f h w) → (b f 1 h w) like W_intra, from percentiles 5 to 95 and with floor + (1 - floor) x."""
+
+    def stretched(x: Tensor) -> Tensor:
+        low, high = (x.quantile(q, dim=-1, keepdim=True) for q in (0.05, 0.95))
+        x = floor + (1 - floor) * ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        return x / x.mean(-1, keepdim=True)
+
+    time, space = stretched(saliency.mean((2, 3))), stretched(saliency.flatten(2)).view_as(saliency)
+    return rearrange(time, "b f -> b f 1 1 1") * space[:, :, None]
+
+
+def maps_of(run: Run, x: Tensor, text: Tensor, change: Tensor) -> Tensor:
+    """MAPS of rollouts x (b f c h w), which the teacher would `change` so → (maps b f 1 h w)."""
+    cfg = replace(run.cfg, space=True, time=True)
+    scores, pixels = reward_saliency(run.reward, run.codec.decode(x).float(), text)
+    cells = to_latent_grid(pixels, *cfg.latent_shape[1:], cfg.time_stride)
+    published = intra_weight(cells, scores, cfg)
+    residual = intra_weight(change.abs().mean(2)[:, None], scores[:, :1], cfg)
+    fine = gentle(fuse_axes(cells, scores, cfg.fuse_temperature))
+    return torch.stack([torch.ones_like(fine), published, fine, published.roll(1, 0), residual])
+
+
+def step_gradients(run: Run, p: int, rollouts: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Of rollouts of one prompt: parameter gradients (2 maps rollouts n), teacher exact and wrong; rewards
+    (rollouts,); {fault: where the teacher is wrong (rollouts,)}."""
+    cfg, key = run.cfg, (run.cfg.seed, "usefulness", p)
+    words, exit = run.source.captions([key] * rollouts), p % len(run.cfg.denoise)
+    text, rngs = run.read(words).to(cfg.device), [rng_for(*key, i) for i in range(rollouts)]
+    with torch.no_grad():
+        x = rollout(run.student, text, cfg, rngs, exit=exit)
+        t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
+        change = x - guided_x0(run.teacher, add_noise(x, noise, t), t, text, run.null, cfg.guidance)
+        r = run.reward(run.codec.decode(x).float(), text).mean(1)
+    maps = maps_of(run, x, text, change)
+    teachers = run.teacher, shifted(run.teacher, torch.ones(rollouts, dtype=torch.bool), cfg.chunk)
+    g = [dmd_gradient(x, text, run.null, net, run.critic, t, noise, cfg.guidance)[0] for net in teachers]
+    params = list(run.student.parameters())
+    found = torch.empty(2, len(MAPS), rollouts, sum(q.numel() for q in params), device=cfg.device)
+    for i in range(rollouts):  # alone: a batch's backward pass would run over all of it each time
+        own = rollout(run.student, text[:1], cfg, [rng_for(*key, i)], exit=exit, grad=True)
+        for k, m in product(range(2), range(len(MAPS))):
+            loss = dmd_loss(own, g[k][i : i + 1], maps[m, i : i + 1])
+            grads = torch.autograd.grad(
+                loss, params, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            found[k, m, i] = torch.cat([q.flatten() for q in grads])
+    return found, r, {f: worse(run, f, x, text, words, p, group=rollouts) for f in FAULTS}
+
+
+def usefulness(nets: Path, cfg: Config, start: str, prompts: int = 8, rollouts: int = 8) -> list[dict]:
+    """Signal to noise of a rollout's weighted gradient; cosine of its mean over all rollouts with that of the
+    exact teacher without weights on the same rollouts.
+
+    Signal is |E gradient|², without bias from pairs of prompts; noise is the rest of E |gradient|².
+    """
+    kind = "causal" if start == "causal" else "student"
+    run = begin(nets, cfg, load_net(nets / f"{start}.safetensors", cfg, kind))
+    settings, total, between, size = list(product(FAULTS, PAIRS)), 0.0, 0.0, 0.0
+    for p in range(prompts):
+        found, r, wrong = step_gradients(run, p, rollouts)
+        means, sizes = [], []
+        for fault, (name, beta) in settings:
+            given = replace(cfg, beta=abs(beta), group=rollouts, batch=rollouts)
+            w = rollout_weight(-r if beta < 0 else r, given)[:, None]
+            own = w * found[wrong[fault].long(), MAPS.index(name), range(rollouts)]
+            means.append(own.mean(0))
+            sizes.append(own.square().sum(1).mean())
+        means = torch.stack(means)
+        total, size = total + means, size + torch.stack(sizes) / prompts
+        between = between + means.square().sum(1)
+    signal = (total.square().sum(1) - between) / (prompts * (prompts - 1))
+    cosine = torch.cosine_similarity(total, total[:1], dim=1)
+    measures = {"cosine": cosine, "signal to noise": signal / (size - signal)}
+    return [
+        {"setting": f"{start}, {fault}", "weight": f"{m}, β = {b:g}", "measure": k, "value": float(v[i])}
+        for k, v in measures.items() for i, (fault, (m, b)) in enumerate(settings)
+    ]  # fmt: skip
+
+
+# -- (c), (d) trained students ----------------------------------------
+def update_student(run: Run, step: int, fault: str) -> float:
+    """train.py's step with a teacher that may be wrong → effective share of the rollouts."""
+    cfg = run.cfg
+    rngs, text, about = draw(run, "student", step, micro=0)
+    words = run.source.captions([(cfg.seed, "student", step, i // cfg.group) for i in range(cfg.batch)])
+    chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
+    x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
+    w, inter, _ = weigh(run, x.detach(), about)
+    teacher = shifted(
+        run.teacher, worse(run, fault, x.detach(), text, words, step, group=cfg.group), cfg.chunk
+    )
+    t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
+    g, _ = dmd_gradient(x, text, run.null, teacher, run.critic, t, noise, cfg.guidance)
+    dmd_loss(x, g, w).backward()
+    update(run.student, run.student_opt, cfg)
+    average(run, step)
+    return effective_share(inter)
+
+
+def train_student(
+    nets: Path, cfg: Config, fault: str, layers: int, steps: int, out: Path
+) -> dict[str, float]:
+    """Train, then measure from pixels: the first clip, and the last of FAR → {measure: value}."""
+    run, shares = begin(nets, cfg, start_of(nets, cfg, layers, out)), []
+    for step in range(steps):
+        shares.append(update_student(run, step, fault))
+        for i in range(cfg.critic_steps):
+            update_critic(run, "critic", step, i)
+    views, _ = watch(run.ema, run.codec, cfg, cfg.seed, CLIPS)
+    found = {"ess": sum(shares) / steps}
+    for name in ("looks", "motion", "text", "jitter"):
+        found |= {name: views["within"][name], f"{name} x{FAR}": views["beyond"][name]}
+    return found
+
+
+def start_of(nets: Path, cfg: Config, layers: int, out: Path, steps: int = 300) -> VideoDiT:
+    """The causal start, or every second or third block of it, trained a little: once, for all who ask."""
+    if layers == cfg.layers:
+        return load_net(nets / "causal.safetensors", cfg, "causal")
+    folder, small = writable_folder(str(out / f"{layers}-layers")), replace(cfg, layers=layers, seed=0)
+    path = folder / "causal.safetensors"
+    with FileLock(folder / ".taken"):
+        if not path.exists():
+            net = load_net(nets / "causal.safetensors", cfg, "causal")
+            net.blocks = net.blocks[:: cfg.layers // layers]
+            save_weights(folder / "teacher.safetensors", net, small, "teacher")  # where train_causal starts
+            stage = replace(STAGES["causal"], steps=steps, ema=0.98)
+            codec, flags = (
+                load_net(nets / "codec.safetensors", cfg, "codec"),
+                Pretraining(out=str(folder), resume=True),
+            )
+            save_weights(path, train_causal(small, stage, World(small), codec, flags), small, "causal")
+    return load_net(path, small, "causal")
+
+
+# -- jobs ----------------------------------------
+def do(name: str, device: str, out: Path) -> list[dict]:
+    """Measure what a job is about → its lines."""
+    part, setting, weight, seed = name.split("/")
+    fields = WEIGHTS.get(weight, WINDOWED) | {"group": 4, "ema": 0.9, "seed": int(seed), "device": device}
+    cfg = build("tiny", fields)
+    if part == "usefulness":
+        lines = usefulness(NETS, cfg, setting)
+    else:
+        fault, layers = (setting, cfg.layers) if part == "trained" else ("exact", int(setting))
+        found = train_student(NETS, cfg, fault, layers, STEPS[part], out)
+        lines = [{"setting": setting, "weight": weight, "measure": k, "value": v} for k, v in found.items()]
+    return [{"job": name, "seed": int(seed), "device": device} | line for line in lines]
+
+
+def work(names: list[str], path: Path, device: str, out: Path) -> None:
+    """Do what the file does not hold yet and nobody else is doing."""
+    taken = writable_folder(str(out / "taken"))
+    for name in names:
+        try:
+            with FileLock(taken / f"{name.replace('/', '-')}.lock", timeout=0):
+                if name not in {line["job"] for line in results.read(path, COLUMNS)}:
+                    results.append(path, do(name, device, out), COLUMNS, ("job",))
+                    print(name, flush=True)
+        except Timeout:
+            continue
+
+
+# -- what they say ----------------------------------------
+def found_in(lines: list[dict], part: str) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    """{(setting, weight): {measure: {seed: value}}} of a part."""
+    found: dict = {}
+    for line in lines:
+        if line["job"].startswith(part):
+            row = found.setdefault((line["setting"], line["weight"]), {})
+            row.setdefault(line["measure"], {})[line["seed"]] = line["value"]
+    return found
+
+
+def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:
+    """Differences of the seeds that both have."""
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def table(lines: list[dict], part: str, measures: list[str]) -> str:
+    """Markdown: means with 95 % intervals over seeds, in brackets the paired difference from plain weights."""
+    found, plain = found_in(lines, part), PLAIN[part]
+    text = ["| setting | weight | n | " + " | ".join(measures) + " |", "|---" * (3 + len(measures)) + "|"]
+    for (setting, weight), row in found.items():
+        cells = []
+        for k in measures:
+            gains = paired(row[k], found.get((setting, plain), {}).get(k, {}))
+            more = "" if weight == plain else " ({:+.3f} ± {:.3f})".format(*interval(gains))
+            cells.append("{:.3f} ± {:.3f}".format(*interval(list(row[k].values()))) + more)
+        text.append(f"| {setting} | {weight} | {len(row[measures[0]])} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def draw_all(path: Path, law_found: list[tuple], lines: list[dict]) -> None:
+    """Three panels: the law; the direction of a step by β; what β = 4 gains in training, by fault."""
+    figure, (one, two, three) = canvas(3, 1, 3.2)
+    for when, colour in zip(dict.fromkeys(row[0] for row in law_found), (BLUE, ORANGE), strict=True):
+        _, s, exact, mean, half = zip(*(row for row in law_found if row[0] == when), strict=True)
+        one.plot(s, exact, color=colour, label=when)
+        one.errorbar(s, mean, yerr=half, fmt="o", color=colour)
+    one.set(
+        xlabel="student's spread / teacher's", ylabel="gain / β", title="A student that moves its mean alone"
+    )
+    steps, trained = found_in(lines, "usefulness"), found_in(lines, "trained")
+    for place, (fault, colour) in enumerate(zip(FAULTS, (GREY, BLUE, "#5b8f3a", ORANGE), strict=True)):
+        for m, b in PAIRS[:5]:
+            found = steps.get((f"causal, {fault}", f"{m}, β = {b:g}"), {}).get("cosine", {})
+            mean, half = interval(list(found.values()))
+            two.errorbar(b, mean, yerr=half, fmt="o", color=colour, label=fault if b == 0 else None)
+        for axis, name in enumerate(("looks", "motion")):
+            plain, other = (trained.get((fault, w), {}).get(name, {}) for w in "04")
+            mean, half = interval(paired(other, plain))
+            three.errorbar(axis + 0.15 * place, mean, yerr=half, fmt="o", color=colour)
+    two.set(
+        xlabel="β",
+        ylabel="cosine",
+        title="Mean step against the exact teacher's, by where the teacher is wrong",
+    )
+    three.set(
+        xticks=[0.2, 1.2], xticklabels=["looks", "motion"], ylabel="gain of β = 4", title="Trained students"
+    )
+    three.axhline(0, color="black", linewidth=1)
+    one.legend(frameon=False), two.legend(frameon=False)
+    finish(figure, path)
+
+
+def report(lines: list[dict], out: Path) -> None:
+    """Print the tables and draw the figure."""
+    rows = law_rows(build("tiny", {}))
+    print("| times | s/τ | exact gain / β | measured |", "|---|---|---|---|", sep="\n")
+    for when, s, exact, mean, half in rows:
+        print(f"| {when} | {s} | {exact:+.3f} | {mean:+.3f} ± {half:.3f} |")
+    names = ["looks", "motion", "text", "jitter", f"looks x{FAR}", f"motion x{FAR}", "ess"]
+    for part, measures in {
+        "usefulness": ["cosine", "signal to noise"],
+        "trained": names,
+        "capacity": names,
+    }.items():
+        print("", table(lines, part, measures), sep="\n")
+    path = writable_folder(str(out)) / "reliability.png"
+    draw_all(path, rows, lines)
+    print(path)
+
+
+def main() -> None:
+    what, typed, flags = read_cli(None, Flags, __doc__)
+    openmp.use_threads(typed.pop("threads", 1))
+    device = typed.pop("device", "auto")
+    if typed:
+        raise BadInput(f"study.reliability does not depend on --{min(typed)}; leave it out")
+    names = [name for name in jobs() if what == "all" or f"{name}/".startswith(f"{what}/")]
+    if what == "jobs":
+        print(*(f"python -m study.reliability {name}" for name in jobs()), sep="\n")
+    elif names:
+        work(names, flags.results, pick_device(build("tiny", {"device": device})), flags.out)
+    elif what != "tiny":  # which no word at all is read as
+        raise BadInput(
+            f"study.reliability {what} is not possible; allowed: all | jobs | a part | a job of jobs"
+        )
+    else:
+        report(results.read(flags.results, COLUMNS), flags.out)
+
+
+if __name__ == "__main__":
+    cli(main)
