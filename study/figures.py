@@ -1,8 +1,8 @@
-"""Pictures of a run, of the rewards' weights, and of the comparison of methods.
+"""Pictures of a run, of the reward's saliency, and of the comparison of methods.
 
     python -m study.figures curves --run=out/train      # of metrics.jsonl, to out/train/curves.png
     python -m study.figures saliency --prompt "a red circle moving left slowly"      # to out/saliency.png
-    python -m study.figures weights --clips=512         # do weights go where errors are? to out/weights.png
+    python -m study.figures strip                       # README's, to out/strip.webp
     python -m study.figures table                       # of study/results.csv, to out/table.png
     python -m study.figures methods --runs=out/table    # students, early and late, to out/methods.png
 
@@ -17,23 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from config import ROOT, BadInput, Config, cli, from_words, read_cli
 from data import understand
 from engine.checkpoint import read_header, read_metrics, writable_folder, write_atomically
 from engine.rng import rng_for
-from engine.sheet import contact_sheet
+from engine.sheet import contact_sheet, to_uint8
 from networks import load_net
 from reward import AXES, RewardModel
-from rollout import rollout, stream
+from rollout import rollout, sample_teacher, stream
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 from study import results
 from study.compare import FAR
 from study.rows import ROWS, WORLDS, reference, rows_named, world_named
 from study.tables import extra, gains, interval
-from study.weights import GROUPS, by_weight, weights_and_errors
-from world.words import tokenize
+from world.words import parse, tokenize
 
 BLUE, ORANGE, GREY = "#1f4e9c", "#c8501e", "#8a8a8a"
 
@@ -133,32 +133,48 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
     contact_sheet(path, rows.items(), every=2)
 
 
-# -- weights against errors ----------------------------------------
-def weights_sheet(path: Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """A panel per weight and error: bars of mean error, the lightest eighth at the left, 95 % intervals over
-    rows; the line is the mean of all. Prints ρ, and what it is with the weights of another row."""
-    figure, panels = canvas(-(-len(found) // 2), 2, 3.0, squeeze=False, sharex=True)
-    for panel, (what, (weight, error)) in zip(panels.flat, found.items(), strict=False):
-        rhos, bars = zip(*map(by_weight, weight, error), strict=True)
-        foreign = [by_weight(*pair)[0] for pair in zip(weight.roll(1, 0), error, strict=True)]
-        said = "{:+.2f} ± {:.2f}".format(*interval(rhos))
-        other = "{:+.2f} ± {:.2f}".format(*interval(foreign))
-        print(f"{what:34} rho {said}, with another's weights {other} (n = {int(np.isfinite(rhos).sum())})")
-        means, wide = zip(*map(interval, torch.stack(bars).T), strict=True)
-        panel.bar(range(1, GROUPS + 1), means, yerr=wide, color="#96afdc", ecolor="black", capsize=3)
-        panel.axhline(1, color=GREY)
-        panel.set_ylim(bottom=0)
-        by, _, wrong = what.partition(": ")
-        panel.set_title(f"{wrong}\nby {by}\nρ = {said}", fontsize=14)
-    for panel in panels.flat[len(found) :]:
-        panel.set_axis_off()
-    for panel in panels.flat[max(0, len(found) - 2) : len(found)]:
-        panel.set_xlabel("eighth of the weights")
-        panel.tick_params(labelbottom=True)
-    for panel in panels[:, 0]:
-        panel.set_ylabel("error / its mean")
-    figure.suptitle("Mean error by weight, lightest eighth first")
-    finish(figure, path)
+# -- README's strip ----------------------------------------
+PROMPTS = (
+    "a red circle moving left slowly on a black background",
+    "a yellow square moving down slowly on a grey background",
+    "a cyan cross moving up slowly on a white background",
+    "a green triangle moving right quickly on a black background",
+    "a magenta ring moving right slowly on a grey background",
+)
+STAGES = {
+    "teacher": "teacher: sees the whole clip, 25 steps",
+    "causal": "start: sees the past alone, 4 steps, before distillation",
+    "student": "student: the same 4 steps, after it",
+}
+
+
+@torch.no_grad()
+def strip(path: Path, student: Path, nets: Path, seed: int, zoom: int = 3) -> None:
+    """An animation of teacher, causal start and student on the same prompts and noise, under captions."""
+    cfg = from_words(read_header(student)["config"], {"device": "cpu"})
+    text = tokenize([parse(p, cfg.objects) for p in PROMPTS], cfg.text_length, cfg.text_width)
+    codec, rows, gap, label = load_net(nets / "codec.safetensors", cfg, "codec"), [], 4, 20
+    for kind in STAGES:
+        net = load_net(student if kind == "student" else nets / f"{kind}.safetensors", cfg, kind)
+        rngs = [rng_for(seed, "strip", i) for i in range(len(PROMPTS))]
+        x = (sample_teacher if kind == "teacher" else rollout)(net, text, cfg, rngs)
+        rows.append(codec.decode(x).repeat_interleave(zoom, -2).repeat_interleave(zoom, -1))
+    video = to_uint8(torch.stack(rows)).numpy()  # (rows b F H W 3)
+    _, count, frames, high, wide, _ = video.shape
+    size = count * (wide + gap) - gap, 2 * label + len(rows) * (high + label)
+    pictures = [Image.new("RGB", size, "white") for _ in range(frames)]
+    for f, picture in enumerate(pictures):
+        pen = ImageDraw.Draw(picture)
+        for b, prompt in enumerate(PROMPTS):
+            colour, shape, motion, speed, _ = parse(prompt, 1)
+            words, left = f"{colour} {shape}\n{motion} {speed}", b * (wide + gap)
+            pen.text((left + 2, 4), words, fill="black", font_size=13)
+            for r in range(len(rows)):
+                picture.paste(Image.fromarray(video[r, b, f]), (left, 3 * label + r * (high + label)))
+        for r, words in enumerate(STAGES.values()):
+            pen.text((2, 2 * label + r * (high + label) + 4), words, fill="dimgrey", font_size=13)
+    how = dict(save_all=True, append_images=pictures[1:], duration=1000 / 8, loop=0, quality=75, method=6)
+    write_atomically(path, lambda name: pictures[0].save(name, **how))
 
 
 # -- the comparison ----------------------------------------
@@ -231,45 +247,30 @@ class Flags:
     world: str = "one"  # objects in a clip: one | two
     results: Path = ROOT / "study/results.csv"  # of table
     runs: Path = Path("out/table")  # what study.evaluate table leaves
-    student: str = ""  # of saliency and weights; default <nets>/stream_r1.safetensors
-    clips: int = 0  # of weights, default 512; of table, default 256: runs measured on that many prompts
+    student: str = ""  # of saliency and strip; default <nets>/stream_r1.safetensors
+    clips: int = 256  # of table: runs measured on that many prompts
     methods: str = ""  # rows of study/rows.py, comma-separated; default all there are
 
 
-def about_a_student(what: str, out: Path, typed: dict, flags: Flags) -> None:
-    """The saliency of one clip of the student, or its weights against its errors. Raises BadInput."""
-    nets, clips = Path(flags.nets), flags.clips or 512
+def about_a_student(out: Path, typed: dict, flags: Flags) -> None:
+    """The saliency of one clip of the student. Raises BadInput."""
+    nets = Path(flags.nets)
     student = Path(flags.student or nets / "stream_r1.safetensors")
     header = read_header(student)
     cfg = from_words(header["config"], typed | {"device": "cpu"})
     net, codec = load_net(student, cfg, "student"), load_net(nets / "codec.safetensors", cfg, "codec")
-    reward = load_net(nets / "reward.safetensors", cfg, "reward")
-    if what == "saliency":
-        words = understand(flags.prompt, cfg, header.get("vocabulary", "").split())
-        text = tokenize([words], cfg.text_length, cfg.text_width)
-        with torch.no_grad():
-            video01 = codec.decode(rollout(net, text, cfg, [rng_for(flags.seed, "saliency")]))
-        return saliency_sheet(out, video01, text, reward, cfg)
-    if cfg.data:
-        raise BadInput(f"{student} learnt from clips; only the procedural world can be measured")
-    if not (cfg.beta or cfg.space or cfg.time):
-        raise BadInput(f"{student} learnt without weights; allowed: with --beta=2, --space or --time")
-    if cfg.batch < GROUPS:
-        raise BadInput(f"batch={cfg.batch} is not possible; allowed: {GROUPS} or more")
-    if clips < 2 * cfg.batch or clips % cfg.batch:
-        raise BadInput(f"clips={clips} is not possible; allowed: {2 * cfg.batch}, {3 * cfg.batch} and so on")
-    for name in ("scipy.stats", "matplotlib"):
-        extra(name)  # before a minute of work
-    teacher = load_net(nets / "teacher.safetensors", cfg, "teacher")
-    given = {"student": net, "codec": codec, "reward": reward, "teacher": teacher}
-    weights_sheet(out, weights_and_errors(given, cfg, clips, flags.seed))
+    words = understand(flags.prompt, cfg, header.get("vocabulary", "").split())
+    text = tokenize([words], cfg.text_length, cfg.text_width)
+    with torch.no_grad():
+        video01 = codec.decode(rollout(net, text, cfg, [rng_for(flags.seed, "saliency")]))
+    saliency_sheet(out, video01, text, load_net(nets / "reward.safetensors", cfg, "reward"), cfg)
 
 
 def about_the_comparison(what: str, out: Path, flags: Flags) -> None:
     """The table as a figure, or what its students draw. Raises BadInput."""
     names, world = rows_named(flags.methods, {}), world_named(flags.world)
     if what == "table":
-        rows = compared(results.load(flags.results, world, flags.clips or 256, names))
+        rows = compared(results.load(flags.results, world, flags.clips, names))
         if not rows:
             raise BadInput(f"--results={flags.results} holds no row with two seeds of it and of its control")
         return forest(out, rows)
@@ -283,16 +284,20 @@ def about_the_comparison(what: str, out: Path, flags: Flags) -> None:
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
-    known = ("curves", "saliency", "weights", "table", "methods")
+    known = ("curves", "saliency", "strip", "table", "methods")
     if what not in known:
         raise BadInput(f"study.figures {what} is not possible; allowed: {' | '.join(known)}")
-    if typed and what not in ("saliency", "weights"):
+    if typed and what != "saliency":
         raise BadInput(f"study.figures {what} does not depend on --{min(typed)}; leave it out")
-    out = Path(flags.run, "curves.png") if what == "curves" else writable_folder(flags.out) / f"{what}.png"
+    name = f"{what}.webp" if what == "strip" else f"{what}.png"
+    out = Path(flags.run) / name if what == "curves" else writable_folder(flags.out) / name
     if what == "curves":
         curves(Path(flags.run))
-    elif what in ("saliency", "weights"):
-        about_a_student(what, out, typed, flags)
+    elif what == "strip":
+        student = Path(flags.student or Path(flags.nets) / "stream_r1.safetensors")
+        strip(out, student, Path(flags.nets), flags.seed)
+    elif what == "saliency":
+        about_a_student(out, typed, flags)
     else:
         about_the_comparison(what, out, flags)
     print(out)

@@ -39,7 +39,7 @@ from pretrain import Flags as Pretraining
 from reward import Balancer, effective_share, rollout_weight
 from rollout import exit_step, rollout, rollout_chunks
 from run import Run
-from saliency import fuse_axes, intra_weight, reward_saliency, to_latent_grid
+from saliency import intra_weight, reward_saliency, to_latent_grid
 from study import results
 from study.compare import FAR, watch
 from study.figures import BLUE, GREY, ORANGE, canvas, finish
@@ -52,18 +52,19 @@ from world.words import caption
 NETS = ROOT / "assets/tiny"
 COLUMNS = ("job", "seed", "setting", "weight", "measure", "value", "device")
 FAULTS = ("exact", "low", "pixels", "random")
-WINDOWED, FULL = {"method": "windowed"}, {"method": "stream_r1"}
-WEIGHTS = {
-    "0": WINDOWED,
-    "2": WINDOWED | {"beta": 2.0},
-    "4": WINDOWED | {"beta": 4.0},
-    "full": FULL | {"beta": 2.0},
-}
-SPREADS = (0.25, 0.5, 0.75, 1.0, 1.25)  # of (a): the student's, the teacher's is 1
+WEIGHTS = {b: {"method": "windowed", "beta": float(b)} for b in "024"} | {"full": {"method": "stream_r1"}}
 STEPS, CLIPS = {"trained": 24, "capacity": 60}, 96
 MAPS = ("no map", "min-max", "percentiles", "another clip's", "residual")
 PAIRS = [(MAPS[0], b) for b in (0.0, 0.5, 2.0, 8.0, -2.0)] + [(m, 0.0) for m in MAPS[1:]] + [(MAPS[1], 2.0)]
-PLAIN = {"trained": "0", "capacity": "0", "usefulness": "no map, β = 0"}  # what weights are compared with
+LOOKS = ("looks", "motion", "text", "jitter")
+_TRAINED = "0", (*LOOKS, f"looks x{FAR}", f"motion x{FAR}", "ess")
+# of each part: the weight that others are compared with, what its table shows
+MEASURES = {
+    "usefulness": ("no map, β = 0", ("cosine", "signal to noise")),
+    "trained": _TRAINED,
+    "capacity": _TRAINED,
+}
+GREEN = "#5b8f3a"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def jobs() -> list[str]:
     """part/setting/weight/seed, what matters most first."""
     names = [f"trained/{f}/{w}/{s}" for s, f, w in product(range(1, 6), ("low", "exact"), "024")]
     names += [f"trained/{f}/{w}/{s}" for f, s, w in product(("pixels", "random"), range(1, 6), "024")]
-    names += [f"usefulness/{start}/all/{s}" for start, s in product(("causal", "stream_r1"), range(1, 7))]
+    names += [f"usefulness/{start}/0/{s}" for start, s in product(("causal", "stream_r1"), range(1, 7))]
     return names + [f"capacity/{k}/{w}/{s}" for s, k, w in product(range(1, 4), "236", ("0", "2", "full"))]
 
 
@@ -114,10 +115,8 @@ def law_measured(s: float, beta: float, t: Tensor, seed: int, steps: int = 300, 
 def law_rows(cfg: Config, beta: float = 0.5, seeds: int = 5) -> list[tuple]:
     """(which times, s, exact, measured, half a 95 % interval), gains in units of β."""
     warped = cfg.t_min + (cfg.t_max - cfg.t_min) * shift_time((torch.arange(256) + 0.5) / 256, cfg.shift)
-    rows = []
-    for (when, t), s in product(
-        {"t = .02": torch.tensor([0.02]), "t as in training": warped}.items(), SPREADS
-    ):
+    rows, all_times = [], {"t = .02": torch.tensor([0.02]), "t as in training": warped}
+    for (when, t), s in product(all_times.items(), (0.25, 0.5, 0.75, 1.0, 1.25)):
         tried = [law_measured(s, beta, t, seed) / beta for seed in range(seeds)]
         rows.append((when, s, law(s, beta, t) / beta, *interval(tried)))
     return rows
@@ -157,27 +156,15 @@ def begin(nets: Path, cfg: Config, student: VideoDiT) -> Run:
     """Networks and optimizers, the reward also for students without weights; the critic has caught up."""
     held = own_networks(replace(cfg, beta=1.0), nets, "")
     held.student, held.ema = student, copy.deepcopy(student)
-    adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
-    run = Run(
-        **vars(held), cfg=cfg, out=Path(), rank=0, world=1, source=World(cfg), track=None, balancer=Balancer(cfg),
-        student_opt=torch.optim.AdamW(student.parameters(), lr=cfg.lr, **adam),
-        critic_opt=torch.optim.AdamW(held.critic.parameters(), lr=cfg.critic_lr, **adam),
-    )  # fmt: skip
+    opts = {}
+    for name, lr in (("student", cfg.lr), ("critic", cfg.critic_lr)):
+        betas, params = (cfg.beta1, cfg.beta2), vars(held)[name].parameters()
+        opts[f"{name}_opt"] = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=0.01)
+    alone = dict(out=Path(), rank=0, world=1, source=World(cfg), track=None, balancer=Balancer(cfg))
+    run = Run(**vars(held), **opts, **alone, cfg=cfg)
     for i in range(cfg.critic_warmup):
         update_critic(run, "warm-up", i)
     return run
-
-
-def gentle(saliency: Tensor, floor: float = 0.5) -> Tensor:
-    """(b f h w) → (b f 1 h w) like W_intra, from percentiles 5 to 95 and with floor + (1 - floor) x."""
-
-    def stretched(x: Tensor) -> Tensor:
-        low, high = (x.quantile(q, dim=-1, keepdim=True) for q in (0.05, 0.95))
-        x = floor + (1 - floor) * ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        return x / x.mean(-1, keepdim=True)
-
-    time, space = stretched(saliency.mean((2, 3))), stretched(saliency.flatten(2)).view_as(saliency)
-    return rearrange(time, "b f -> b f 1 1 1") * space[:, :, None]
 
 
 def maps_of(run: Run, x: Tensor, text: Tensor, change: Tensor) -> Tensor:
@@ -187,7 +174,9 @@ def maps_of(run: Run, x: Tensor, text: Tensor, change: Tensor) -> Tensor:
     cells = to_latent_grid(pixels, *cfg.latent_shape[1:], cfg.time_stride)
     published = intra_weight(cells, scores, cfg)
     residual = intra_weight(change.abs().mean(2)[:, None], scores[:, :1], cfg)
-    fine = gentle(fuse_axes(cells, scores, cfg.fuse_temperature))
+    fine = intra_weight(
+        cells, scores, replace(cfg, saliency_range="percentile", floor_time=0.5, floor_space=0.5)
+    )
     return torch.stack([torch.ones_like(fine), published, fine, published.roll(1, 0), residual])
 
 
@@ -279,7 +268,7 @@ def train_student(
             update_critic(run, "critic", step, i)
     views, _ = watch(run.ema, run.codec, cfg, cfg.seed, CLIPS)
     found = {"ess": sum(shares) / steps}
-    for name in ("looks", "motion", "text", "jitter"):
+    for name in LOOKS:
         found |= {name: views["within"][name], f"{name} x{FAR}": views["beyond"][name]}
     return found
 
@@ -308,8 +297,8 @@ def start_of(nets: Path, cfg: Config, layers: int, out: Path, steps: int = 300) 
 def do(name: str, device: str, out: Path) -> list[dict]:
     """Measure what a job is about → its lines."""
     part, setting, weight, seed = name.split("/")
-    fields = WEIGHTS.get(weight, WINDOWED) | {"group": 4, "ema": 0.9, "seed": int(seed), "device": device}
-    cfg = build("tiny", fields)
+    how = {"group": 4, "weight": "softmax", "ema": 0.9, "seed": int(seed), "device": device}
+    cfg = build("tiny", WEIGHTS[weight] | how)
     if part == "usefulness":
         lines = usefulness(NETS, cfg, setting)
     else:
@@ -336,80 +325,66 @@ def work(names: list[str], path: Path, device: str, out: Path) -> None:
 def found_in(lines: list[dict], part: str) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
     """{(setting, weight): {measure: {seed: value}}} of a part."""
     found: dict = {}
-    for line in lines:
-        if line["job"].startswith(part):
-            row = found.setdefault((line["setting"], line["weight"]), {})
-            row.setdefault(line["measure"], {})[line["seed"]] = line["value"]
+    for line in (each for each in lines if each["job"].startswith(part)):
+        row = found.setdefault((line["setting"], line["weight"]), {})
+        row.setdefault(line["measure"], {})[line["seed"]] = line["value"]
     return found
 
 
-def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:
-    """Differences of the seeds that both have."""
-    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+def gain(found: dict, setting: str, weight: str, plain: str, measure: str) -> tuple[float, float]:
+    """Mean and half a 95 % interval of the paired differences, over the seeds that both weights have."""
+    one, other = (found.get((setting, w), {}).get(measure, {}) for w in (weight, plain))
+    return interval([one[seed] - other[seed] for seed in one.keys() & other.keys()])
 
 
-def table(lines: list[dict], part: str, measures: list[str]) -> str:
-    """Markdown: means with 95 % intervals over seeds, in brackets the paired difference from plain weights."""
-    found, plain = found_in(lines, part), PLAIN[part]
+def table(lines: list[dict], part: str) -> str:
+    """Markdown: means with 95 % intervals over seeds, in brackets the gain over no weights."""
+    found, plain, measures = found_in(lines, part), *MEASURES[part]
     text = ["| setting | weight | n | " + " | ".join(measures) + " |", "|---" * (3 + len(measures)) + "|"]
     for (setting, weight), row in found.items():
-        cells = []
-        for k in measures:
-            gains = paired(row[k], found.get((setting, plain), {}).get(k, {}))
-            more = "" if weight == plain else " ({:+.3f} ± {:.3f})".format(*interval(gains))
-            cells.append("{:.3f} ± {:.3f}".format(*interval(list(row[k].values()))) + more)
+        cells = ["{:.3f} ± {:.3f}".format(*interval(list(row[k].values()))) for k in measures]
+        if weight != plain:
+            gains = [gain(found, setting, weight, plain, k) for k in measures]
+            cells = [f"{c} ({mean:+.3f} ± {half:.3f})" for c, (mean, half) in zip(cells, gains, strict=True)]
         text.append(f"| {setting} | {weight} | {len(row[measures[0]])} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
-def draw_all(path: Path, law_found: list[tuple], lines: list[dict]) -> None:
+def picture(path: Path, rows: list[tuple], lines: list[dict]) -> None:
     """Three panels: the law; the direction of a step by β; what β = 4 gains in training, by fault."""
     figure, (one, two, three) = canvas(3, 1, 3.2)
-    for when, colour in zip(dict.fromkeys(row[0] for row in law_found), (BLUE, ORANGE), strict=True):
-        _, s, exact, mean, half = zip(*(row for row in law_found if row[0] == when), strict=True)
+    for when, colour in {"t = .02": BLUE, "t as in training": ORANGE}.items():
+        _, s, exact, mean, half = zip(*(row for row in rows if row[0] == when), strict=True)
         one.plot(s, exact, color=colour, label=when)
         one.errorbar(s, mean, yerr=half, fmt="o", color=colour)
-    one.set(
-        xlabel="student's spread / teacher's", ylabel="gain / β", title="A student that moves its mean alone"
-    )
     steps, trained = found_in(lines, "usefulness"), found_in(lines, "trained")
-    for place, (fault, colour) in enumerate(zip(FAULTS, (GREY, BLUE, "#5b8f3a", ORANGE), strict=True)):
-        for m, b in PAIRS[:5]:
-            found = steps.get((f"causal, {fault}", f"{m}, β = {b:g}"), {}).get("cosine", {})
-            mean, half = interval(list(found.values()))
-            two.errorbar(b, mean, yerr=half, fmt="o", color=colour, label=fault if b == 0 else None)
-        for axis, name in enumerate(("looks", "motion")):
-            plain, other = (trained.get((fault, w), {}).get(name, {}) for w in "04")
-            mean, half = interval(paired(other, plain))
-            three.errorbar(axis + 0.15 * place, mean, yerr=half, fmt="o", color=colour)
-    two.set(
-        xlabel="β",
-        ylabel="cosine",
-        title="Mean step against the exact teacher's, by where the teacher is wrong",
-    )
+    for place, (fault, colour) in enumerate(zip(FAULTS, (GREY, BLUE, GREEN, ORANGE), strict=True)):
+        ways = sorted((b, f"{m}, β = {b:g}") for m, b in PAIRS[:5])
+        cosines = [steps.get((f"causal, {fault}", way), {}).get("cosine", {}) for _, way in ways]
+        mean, half = zip(*(interval(list(found.values())) for found in cosines), strict=True)
+        two.errorbar([b for b, _ in ways], mean, yerr=half, fmt="o-", color=colour, label=fault)
+        gains = [gain(trained, fault, "4", "0", axis) for axis in ("looks", "motion")]
+        mean, half = zip(*gains, strict=True)
+        three.errorbar([0.15 * place, 1 + 0.15 * place], mean, yerr=half, fmt="o", color=colour, label=fault)
+    three.axhline(0, color="black", linewidth=1)
+    one.set(xlabel="student's spread / teacher's", ylabel="gain / β", title="A student that moves its mean")
+    two.set(xlabel="β", ylabel="cosine", title="A step, and the exact teacher's, by where the teacher errs")
     three.set(
         xticks=[0.2, 1.2], xticklabels=["looks", "motion"], ylabel="gain of β = 4", title="Trained students"
     )
-    three.axhline(0, color="black", linewidth=1)
-    one.legend(frameon=False), two.legend(frameon=False)
+    for panel in (one, two, three):
+        panel.legend(frameon=False, fontsize=11)
     finish(figure, path)
 
 
 def report(lines: list[dict], out: Path) -> None:
     """Print the tables and draw the figure."""
-    rows = law_rows(build("tiny", {}))
+    rows, path = law_rows(build("tiny", {})), writable_folder(str(out)) / "reliability.png"
     print("| times | s/τ | exact gain / β | measured |", "|---|---|---|---|", sep="\n")
     for when, s, exact, mean, half in rows:
         print(f"| {when} | {s} | {exact:+.3f} | {mean:+.3f} ± {half:.3f} |")
-    names = ["looks", "motion", "text", "jitter", f"looks x{FAR}", f"motion x{FAR}", "ess"]
-    for part, measures in {
-        "usefulness": ["cosine", "signal to noise"],
-        "trained": names,
-        "capacity": names,
-    }.items():
-        print("", table(lines, part, measures), sep="\n")
-    path = writable_folder(str(out)) / "reliability.png"
-    draw_all(path, rows, lines)
+    print("", *(table(lines, part) + "\n" for part in MEASURES), sep="\n")
+    picture(path, rows, lines)
     print(path)
 
 
@@ -425,9 +400,7 @@ def main() -> None:
     elif names:
         work(names, flags.results, pick_device(build("tiny", {"device": device})), flags.out)
     elif what != "tiny":  # which no word at all is read as
-        raise BadInput(
-            f"study.reliability {what} is not possible; allowed: all | jobs | a part | a job of jobs"
-        )
+        raise BadInput(f"study.reliability {what} is not possible; allowed: all | jobs | what jobs prints")
     else:
         report(results.read(flags.results, COLUMNS), flags.out)
 

@@ -13,7 +13,7 @@ from runs import ROOT
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux knows
 
 
-@pytest.mark.parametrize("name", ["train", "pretrain", "sample", "bench", "study/cost"])
+@pytest.mark.parametrize("name", ["train", "pretrain", "sample", "bench", "study/figures"])
 def test_a_script_says_it_before_torch_loads(name):
     """Catches an import that is sorted above it: OpenMP reads the environment once."""
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))

@@ -9,13 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from config import PRESETS, BadInput, cli
-from rollout import rollout
-from study import figures, results, tables, weights
+from config import BadInput, cli
+from study import figures, results, tables
 from study.rows import ROWS
-from world.measure import three_axes
-from world.scene import World
-from world.words import caption
 
 
 def call(monkeypatch, *argv):
@@ -75,81 +71,7 @@ def test_saliency_of_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
     assert (one[: 4 * row] == two[: 4 * row]).all() and (one[4 * row :] != two[4 * row :]).any()
 
 
-def test_weights_are_compared_with_the_errors_of_the_same_cells(nets, tmp_path, monkeypatch):  # noqa: F811
-    """A reward that looks at one cell of one frame, a teacher that sees nothing but zeros: all is known."""
-    clips, videos, pairs = [], [], []
-    scores = torch.arange(24.0).view(8, 3) / 10
-
-    def looks_at_one_cell(reward, video01, text):
-        videos.append(video01)
-        seen = torch.zeros(len(video01), 3, *video01.shape[1:2], 32, 32)
-        seen[:, :, 9, 0:8, 8:16] = 1.0
-        return scores, seen
-
-    def measure(video01, prompts):
-        level = video01.mean((1, 2, 3, 4)) + torch.tensor([float(len(p)) for p in prompts])
-        return {k: level / (i + 20) for i, k in enumerate(results.MEASURES)}
-
-    monkeypatch.setattr(weights, "measure", measure)
-    monkeypatch.setattr(weights, "reward_saliency", looks_at_one_cell)
-    monkeypatch.setattr(weights, "guided_x0", lambda teacher, xt, *rest: torch.zeros_like(xt))
-    monkeypatch.setattr(weights, "rollout", lambda *how: clips.append(rollout(*how)) or clips[-1])
-    monkeypatch.setattr(figures, "weights_sheet", lambda path, found: pairs.append(found))
-    call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=16", "--batch=8")
-    assert [len(x) for x in clips] == [8, 8]
-    weight, error = pairs[0]["W_intra of cells: |x - x_T|"]
-    assert (weight.argmax(1) == 9 * 16 + 1).all(), "frame 9, first row, second column"
-    assert torch.equal(error, torch.cat(clips).abs().mean(2).flatten(1))
-    words = World(PRESETS["tiny"], "test").captions([("weights", 0, i) for i in range(16)])
-    prompts, video01 = [caption(w) for w in words], torch.cat(videos)
-    time, jitter = pairs[0]["W_time of four frames: jitter"]
-    heavy = time > time.min() + 1e-3
-    assert time.shape == jitter.shape == (16, 13) and heavy[:, 6:10].all() and heavy.sum() == 4 * 16
-    for f in (0, 7, 12):
-        assert torch.equal(jitter[:, f], measure(video01[:, f : f + 4], prompts)["jitter"])
-    for axis, good in three_axes(measure(video01, prompts)).items():
-        inter, error = pairs[0][f"w_inter of rollouts: 1 - {axis}"]
-        assert torch.allclose(inter, (2.0 * scores.mean(1)).exp().expand(2, 8))
-        assert torch.equal(error, 1 - good.view(2, 8))
-    fields = ("--axes=VQ", "--no-time", "--group=4", "--seed=1")
-    call(monkeypatch, "weights", f"--nets={nets}", f"--out={tmp_path}", "--clips=16", "--batch=8", *fields)
-    assert (pairs[1]["W_time of four frames: jitter"][0] == 1).all()
-    inter, _ = pairs[1]["w_inter of rollouts: 1 - text"]
-    assert torch.allclose(inter, (2.0 * scores[:, 0]).exp().expand(2, 8))
-    assert not torch.equal(clips[2], clips[0])
-
-
-def test_errors_by_weight():
-    """ρ is 1 and bars rise where errors follow weights; equal weights share their errors; no error, no ρ."""
-    weight = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    rho, bars = weights.by_weight(weight, weight.exp())
-    assert rho == pytest.approx(1.0) and (bars.diff() > 0).all()
-    rho, bars = weights.by_weight(weight, -weight.exp() + 10)
-    assert rho == pytest.approx(-1.0) and (bars.diff() < 0).all()
-    assert torch.allclose(bars.mean(), torch.tensor(1.0)), "in units of the mean error"
-    _, bars = weights.by_weight(weight.clamp(min=0.6), weight)
-    assert torch.allclose(bars[:3], bars[:1].expand(3)), "more than half of them are at the floor"
-    for broken in (0 * weight, weight * torch.nan, weight.masked_fill(weight > 0.9, torch.nan)):
-        rho, bars = weights.by_weight(weight, broken)
-        assert np.isnan(rho) and bars.isnan().all()
-
-
-def test_weights_sheet(tmp_path, capsys, drawn):
-    """Bars as high as the errors are; a panel without errors is empty, not a crash."""
-    weight = torch.arange(64.0).expand(3, 64) + torch.tensor([[0.0], [0.1], [0.2]])
-    figures.weights_sheet(
-        tmp_path / "w.png", {"w: rising": (weight, weight + 1), "w: 0": (weight, weight * 0)}
-    )
-    full, empty = ([bar.get_height() for bar in panel.patches] for panel in drawn[0].axes)
-    assert (np.diff(full) > 0).all() and np.mean(full) == pytest.approx(1, abs=0.01)
-    assert len(full) == 8 and np.isnan(empty).all()
-    assert "rho +1.00 ± 0.00, with another's weights +1.00" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("argv, needle", [
-    (["weights", "--clips=8"], "clips=8"), (["weights", "--batch=4"], "batch=4"),
-    (["weights", "--beta=0", "--no-space", "--no-time"], "without weights"),
-    (["weights", "--student=nothing"], "nothing"),
     (["tiny"], "curves | saliency"), (["curves", "--run=nothing"], "nothing/metrics.jsonl"),
     (["saliency", "--nets=nothing"], "nothing/stream_r1.safetensors"),
     (["saliency", "--prompt", "a red cirle"], "circle"), (["saliency", "--method=diagonal"], "stream_r1"),
