@@ -57,14 +57,13 @@ STEPS, CLIPS = {"trained": 24, "capacity": 60}, 96
 MAPS = ("no map", "min-max", "percentiles", "another clip's", "residual")
 PAIRS = [(MAPS[0], b) for b in (0.0, 0.5, 2.0, 8.0, -2.0)] + [(m, 0.0) for m in MAPS[1:]] + [(MAPS[1], 2.0)]
 LOOKS = ("looks", "motion", "text", "jitter")
-_TRAINED = "0", (*LOOKS, f"looks x{FAR}", f"motion x{FAR}", "ess")
-# of each part: the weight that others are compared with, what its table shows
-MEASURES = {
-    "usefulness": ("no map, β = 0", ("cosine", "signal to noise")),
-    "trained": _TRAINED,
-    "capacity": _TRAINED,
+TRAINED = ("0", *LOOKS, f"looks x{FAR}", f"motion x{FAR}", "ess")
+# of each part: the weight that others are compared with, and what its table shows
+SHOWN = {
+    "usefulness": ("no map, β = 0", "cosine", "signal to noise"),
+    "trained": TRAINED,
+    "capacity": TRAINED,
 }
-GREEN = "#5b8f3a"
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ def law(s: float, beta: float, t: Tensor) -> float:
     of the posterior mean for variance v, the force is zero where θ Σ(1 - a k_1) = β s² Σ a (k_1 - k_s²). As
     t → 0, that is β (1 - s²).
     """
+    t = t.double()
     a = 1 - t
     own, teacher = (a * v / (a**2 * v + t**2) for v in (s**2, 1.0))
     return float(beta * s**2 * (a * (teacher - own)).sum() / (1 - a * teacher).sum())
@@ -106,18 +106,17 @@ def law_measured(s: float, beta: float, t: Tensor, seed: int, steps: int = 300, 
         a = 1 - at
         xt = a * x + at * noise
         fake = theta + a * s**2 / (a**2 * s**2 + at**2) * (xt - a * theta)
-        real = a / (a**2 + at**2) * xt
-        theta = theta - 0.1 / stiff * (rollout_weight(x, cfg) * (fake - real)).mean()
+        theta = theta - 0.1 / stiff * (rollout_weight(x, cfg) * (fake - a / (a**2 + at**2) * xt)).mean()
         path.append(theta)
     return float(torch.stack(path[steps // 2 :]).mean())
 
 
-def law_rows(cfg: Config, beta: float = 0.5, seeds: int = 5) -> list[tuple]:
-    """(which times, s, exact, measured, half a 95 % interval), gains in units of β."""
+def law_rows(cfg: Config, beta: float = 0.5) -> list[tuple]:
+    """(which times, s, exact, measured, half a 95 % interval of five seeds), gains in units of β."""
     warped = cfg.t_min + (cfg.t_max - cfg.t_min) * shift_time((torch.arange(256) + 0.5) / 256, cfg.shift)
-    rows, all_times = [], {"t = .02": torch.tensor([0.02]), "t as in training": warped}
-    for (when, t), s in product(all_times.items(), (0.25, 0.5, 0.75, 1.0, 1.25)):
-        tried = [law_measured(s, beta, t, seed) / beta for seed in range(seeds)]
+    rows, times = [], {"t = .02": torch.tensor([0.02]), "t as in training": warped}
+    for (when, t), s in product(times.items(), (0.25, 0.5, 0.75, 1.0, 1.25)):
+        tried = [law_measured(s, beta, t, seed) / beta for seed in range(5)]
         rows.append((when, s, law(s, beta, t) / beta, *interval(tried)))
     return rows
 
@@ -131,8 +130,8 @@ def shifted(teacher: Callable, wrong: Tensor, chunk: int) -> Callable:
         clean = to_x0(v.float(), xt, t)
         odd = (torch.arange(xt.shape[1]) // chunk) % 2 == 1
         bad = wrong.repeat(len(xt) // len(wrong))[:, None]  # guidance asks for two estimates at once
-        clean = torch.where(rearrange(bad & odd, "b f -> b f 1 1 1").to(xt.device), clean.roll(1, -1), clean)
-        return (xt - clean) / rearrange(t, "b f -> b f 1 1 1"), kv
+        error = (clean.roll(1, -1) - clean) * rearrange(bad & odd, "b f -> b f 1 1 1").to(xt.device)
+        return v - error / rearrange(t, "b f -> b f 1 1 1"), kv
 
     return call
 
@@ -167,44 +166,34 @@ def begin(nets: Path, cfg: Config, student: VideoDiT) -> Run:
     return run
 
 
-def maps_of(run: Run, x: Tensor, text: Tensor, change: Tensor) -> Tensor:
-    """MAPS of rollouts x (b f c h w), which the teacher would `change` so → (maps b f 1 h w)."""
-    cfg = replace(run.cfg, space=True, time=True)
-    scores, pixels = reward_saliency(run.reward, run.codec.decode(x).float(), text)
-    cells = to_latent_grid(pixels, *cfg.latent_shape[1:], cfg.time_stride)
-    published = intra_weight(cells, scores, cfg)
-    residual = intra_weight(change.abs().mean(2)[:, None], scores[:, :1], cfg)
-    fine = intra_weight(
-        cells, scores, replace(cfg, saliency_range="percentile", floor_time=0.5, floor_space=0.5)
-    )
-    return torch.stack([torch.ones_like(fine), published, fine, published.roll(1, 0), residual])
-
-
 def step_gradients(run: Run, p: int, rollouts: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Of rollouts of one prompt: parameter gradients (2 maps rollouts n), teacher exact and wrong; rewards
     (rollouts,); {fault: where the teacher is wrong (rollouts,)}."""
-    cfg, key = run.cfg, (run.cfg.seed, "usefulness", p)
-    words, exit = run.source.captions([key] * rollouts), p % len(run.cfg.denoise)
+    cfg, key = replace(run.cfg, space=True, time=True), (run.cfg.seed, "usefulness", p)
+    words, exit = run.source.captions([key] * rollouts), p % len(cfg.denoise)
     text, rngs = run.read(words).to(cfg.device), [rng_for(*key, i) for i in range(rollouts)]
     with torch.no_grad():
         x = rollout(run.student, text, cfg, rngs, exit=exit)
         t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
         change = x - guided_x0(run.teacher, add_noise(x, noise, t), t, text, run.null, cfg.guidance)
-        r = run.reward(run.codec.decode(x).float(), text).mean(1)
-    maps = maps_of(run, x, text, change)
+    scores, pixels = reward_saliency(run.reward, run.codec.decode(x).float(), text)
+    cells = to_latent_grid(pixels, *cfg.latent_shape[1:], cfg.time_stride)
+    published, residual = intra_weight(cells, scores, cfg), change.abs().mean(2)[:, None]
+    gentle = replace(cfg, saliency_range="percentile", floor_time=0.5, floor_space=0.5)
+    maps = torch.ones_like(published), published, intra_weight(cells, scores, gentle), published.roll(1, 0)
+    maps = torch.stack([*maps, intra_weight(residual, scores[:, :1], cfg)])  # as in MAPS
     teachers = run.teacher, shifted(run.teacher, torch.ones(rollouts, dtype=torch.bool), cfg.chunk)
     g = [dmd_gradient(x, text, run.null, net, run.critic, t, noise, cfg.guidance)[0] for net in teachers]
     params = list(run.student.parameters())
     found = torch.empty(2, len(MAPS), rollouts, sum(q.numel() for q in params), device=cfg.device)
+    how = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
     for i in range(rollouts):  # alone: a batch's backward pass would run over all of it each time
         own = rollout(run.student, text[:1], cfg, [rng_for(*key, i)], exit=exit, grad=True)
         for k, m in product(range(2), range(len(MAPS))):
-            loss = dmd_loss(own, g[k][i : i + 1], maps[m, i : i + 1])
-            grads = torch.autograd.grad(
-                loss, params, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+            grads = torch.autograd.grad(dmd_loss(own, g[k][i : i + 1], maps[m, i : i + 1]), params, **how)
             found[k, m, i] = torch.cat([q.flatten() for q in grads])
-    return found, r, {f: worse(run, f, x, text, words, p, group=rollouts) for f in FAULTS}
+    wrong = {f: worse(run, f, x, text, words, p, group=rollouts) for f in FAULTS}
+    return found, scores.mean(1), wrong
 
 
 def usefulness(nets: Path, cfg: Config, start: str, prompts: int = 8, rollouts: int = 8) -> list[dict]:
@@ -322,31 +311,31 @@ def work(names: list[str], path: Path, device: str, out: Path) -> None:
 
 
 # -- what they say ----------------------------------------
-def found_in(lines: list[dict], part: str) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
-    """{(setting, weight): {measure: {seed: value}}} of a part."""
-    found: dict = {}
-    for line in (each for each in lines if each["job"].startswith(part)):
-        row = found.setdefault((line["setting"], line["weight"]), {})
-        row.setdefault(line["measure"], {})[line["seed"]] = line["value"]
-    return found
+def known(lines: list[dict], part: str, setting: str, weight: str, measure: str) -> dict[int, float]:
+    """{seed: value}."""
+    asked = setting, weight, measure
+    mine = (line for line in lines if line["job"].startswith(part))
+    return {x["seed"]: x["value"] for x in mine if (x["setting"], x["weight"], x["measure"]) == asked}
 
 
-def gain(found: dict, setting: str, weight: str, plain: str, measure: str) -> tuple[float, float]:
-    """Mean and half a 95 % interval of the paired differences, over the seeds that both weights have."""
-    one, other = (found.get((setting, w), {}).get(measure, {}) for w in (weight, plain))
+def gain(lines: list[dict], part: str, setting: str, weight: str, measure: str) -> tuple[float, float]:
+    """Mean and half a 95 % interval of the differences from no weights, over the seeds that have both."""
+    one, other = (known(lines, part, setting, w, measure) for w in (weight, SHOWN[part][0]))
     return interval([one[seed] - other[seed] for seed in one.keys() & other.keys()])
 
 
 def table(lines: list[dict], part: str) -> str:
     """Markdown: means with 95 % intervals over seeds, in brackets the gain over no weights."""
-    found, plain, measures = found_in(lines, part), *MEASURES[part]
+    plain, *measures = SHOWN[part]
     text = ["| setting | weight | n | " + " | ".join(measures) + " |", "|---" * (3 + len(measures)) + "|"]
-    for (setting, weight), row in found.items():
-        cells = ["{:.3f} ± {:.3f}".format(*interval(list(row[k].values()))) for k in measures]
+    found = ((x["setting"], x["weight"]) for x in lines if x["job"].startswith(part))
+    for setting, weight in dict.fromkeys(found):
+        values = [[*known(lines, part, setting, weight, k).values()] for k in measures]
+        cells = ["{:.3f} ± {:.3f}".format(*interval(x)) for x in values]
         if weight != plain:
-            gains = [gain(found, setting, weight, plain, k) for k in measures]
+            gains = [gain(lines, part, setting, weight, k) for k in measures]
             cells = [f"{c} ({mean:+.3f} ± {half:.3f})" for c, (mean, half) in zip(cells, gains, strict=True)]
-        text.append(f"| {setting} | {weight} | {len(row[measures[0]])} | " + " | ".join(cells) + " |")
+        text.append(f"| {setting} | {weight} | {len(values[0])} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
@@ -357,21 +346,18 @@ def picture(path: Path, rows: list[tuple], lines: list[dict]) -> None:
         _, s, exact, mean, half = zip(*(row for row in rows if row[0] == when), strict=True)
         one.plot(s, exact, color=colour, label=when)
         one.errorbar(s, mean, yerr=half, fmt="o", color=colour)
-    steps, trained = found_in(lines, "usefulness"), found_in(lines, "trained")
-    for place, (fault, colour) in enumerate(zip(FAULTS, (GREY, BLUE, GREEN, ORANGE), strict=True)):
-        ways = sorted((b, f"{m}, β = {b:g}") for m, b in PAIRS[:5])
-        cosines = [steps.get((f"causal, {fault}", way), {}).get("cosine", {}) for _, way in ways]
-        mean, half = zip(*(interval(list(found.values())) for found in cosines), strict=True)
-        two.errorbar([b for b, _ in ways], mean, yerr=half, fmt="o-", color=colour, label=fault)
-        gains = [gain(trained, fault, "4", "0", axis) for axis in ("looks", "motion")]
+    for i, (fault, colour) in enumerate(zip(FAULTS, (GREY, BLUE, "#5b8f3a", ORANGE), strict=True)):
+        how, betas = {"color": colour, "label": fault}, sorted(b for _, b in PAIRS[:5])
+        asked = [("usefulness", f"causal, {fault}", f"{MAPS[0]}, β = {b:g}", "cosine") for b in betas]
+        mean, half = zip(*(interval([*known(lines, *each).values()]) for each in asked), strict=True)
+        two.errorbar(betas, mean, yerr=half, fmt="o-", **how)
+        gains = [gain(lines, "trained", fault, "4", axis) for axis in ("looks", "motion")]
         mean, half = zip(*gains, strict=True)
-        three.errorbar([0.15 * place, 1 + 0.15 * place], mean, yerr=half, fmt="o", color=colour, label=fault)
+        three.errorbar([0.15 * i, 1 + 0.15 * i], mean, yerr=half, fmt="o", **how)
     three.axhline(0, color="black", linewidth=1)
     one.set(xlabel="student's spread / teacher's", ylabel="gain / β", title="A student that moves its mean")
-    two.set(xlabel="β", ylabel="cosine", title="A step, and the exact teacher's, by where the teacher errs")
-    three.set(
-        xticks=[0.2, 1.2], xticklabels=["looks", "motion"], ylabel="gain of β = 4", title="Trained students"
-    )
+    two.set(xlabel="β", ylabel="cosine", title="A step and the exact teacher's, by where the teacher errs")
+    three.set(xticks=[0.2, 1.2], xticklabels=["looks", "motion"], title="Trained students: gain of β = 4")
     for panel in (one, two, three):
         panel.legend(frameon=False, fontsize=11)
     finish(figure, path)
@@ -383,7 +369,7 @@ def report(lines: list[dict], out: Path) -> None:
     print("| times | s/τ | exact gain / β | measured |", "|---|---|---|---|", sep="\n")
     for when, s, exact, mean, half in rows:
         print(f"| {when} | {s} | {exact:+.3f} | {mean:+.3f} ± {half:.3f} |")
-    print("", *(table(lines, part) + "\n" for part in MEASURES), sep="\n")
+    print("", *(table(lines, part) + "\n" for part in SHOWN), sep="\n")
     picture(path, rows, lines)
     print(path)
 
