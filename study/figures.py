@@ -2,7 +2,7 @@
 
     python -m study.figures curves --run=out/train      # of metrics.jsonl, to out/train/curves.png
     python -m study.figures saliency --prompt "a red circle moving left slowly"      # to out/saliency.png
-    python -m study.figures strip                       # README's, to out/strip.webp
+    python -m study.figures strip --seed=1              # README's, to out/strip.webp
     python -m study.figures table                       # of study/results.csv, to out/table.png
     python -m study.figures methods --runs=out/table    # students, early and late, to out/methods.png
 
@@ -24,7 +24,7 @@ from config import ROOT, BadInput, Config, cli, from_words, read_cli
 from data import understand
 from engine.checkpoint import read_header, read_metrics, writable_folder, write_atomically
 from engine.rng import rng_for
-from engine.sheet import contact_sheet, to_uint8
+from engine.sheet import contact_sheet
 from networks import load_net
 from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher, stream
@@ -134,13 +134,9 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
 
 
 # -- README's strip ----------------------------------------
-PROMPTS = (
-    "a red circle moving left slowly on a black background",
-    "a yellow square moving down slowly on a grey background",
-    "a cyan cross moving up slowly on a white background",
-    "a green triangle moving right quickly on a black background",
-    "a magenta ring moving right slowly on a grey background",
-)
+PROMPTS = ("red circle moving left slowly on a black", "yellow square moving down slowly on a grey",
+           "cyan cross moving up slowly on a white", "green triangle moving right quickly on a black",
+           "magenta ring moving right slowly on a grey")  # fmt: skip
 STAGES = {
     "teacher": "teacher: sees the whole clip, 25 steps",
     "causal": "start: sees the past alone, 4 steps, before distillation",
@@ -149,30 +145,26 @@ STAGES = {
 
 
 @torch.no_grad()
-def strip(path: Path, student: Path, nets: Path, seed: int, zoom: int = 3) -> None:
+def strip(path: Path, student: Path, nets: Path, seed: int) -> None:
     """An animation of teacher, causal start and student on the same prompts and noise, under captions."""
     cfg = from_words(read_header(student)["config"], {"device": "cpu"})
-    text = tokenize([parse(p, cfg.objects) for p in PROMPTS], cfg.text_length, cfg.text_width)
-    codec, rows, gap, label = load_net(nets / "codec.safetensors", cfg, "codec"), [], 4, 20
-    for kind in STAGES:
+    words = [parse(f"a {prompt} background", 1) for prompt in PROMPTS]
+    text, page = tokenize(words, cfg.text_length, cfg.text_width), path.with_suffix(".png")
+    clips, pictures = {}, []
+    for kind, about in STAGES.items():
         net = load_net(student if kind == "student" else nets / f"{kind}.safetensors", cfg, kind)
-        rngs = [rng_for(seed, "strip", i) for i in range(len(PROMPTS))]
-        x = (sample_teacher if kind == "teacher" else rollout)(net, text, cfg, rngs)
-        rows.append(codec.decode(x).repeat_interleave(zoom, -2).repeat_interleave(zoom, -1))
-    video = to_uint8(torch.stack(rows)).numpy()  # (rows b F H W 3)
-    _, count, frames, high, wide, _ = video.shape
-    size = count * (wide + gap) - gap, 2 * label + len(rows) * (high + label)
-    pictures = [Image.new("RGB", size, "white") for _ in range(frames)]
-    for f, picture in enumerate(pictures):
-        pen = ImageDraw.Draw(picture)
-        for b, prompt in enumerate(PROMPTS):
-            colour, shape, motion, speed, _ = parse(prompt, 1)
-            words, left = f"{colour} {shape}\n{motion} {speed}", b * (wide + gap)
-            pen.text((left + 2, 4), words, fill="black", font_size=13)
-            for r in range(len(rows)):
-                picture.paste(Image.fromarray(video[r, b, f]), (left, 3 * label + r * (high + label)))
-        for r, words in enumerate(STAGES.values()):
-            pen.text((2, 2 * label + r * (high + label) + 4), words, fill="dimgrey", font_size=13)
+        how = net, text, cfg, [rng_for(seed, "strip", i) for i in range(len(words))]
+        x = sample_teacher(*how) if kind == "teacher" else rollout(*how)
+        clips[about] = load_net(nets / "codec.safetensors", cfg, "codec").decode(x)
+    for f in range(cfg.pixel_frames):
+        contact_sheet(page, ((about, video01[:, f]) for about, video01 in clips.items()), scale=3)
+        with Image.open(page) as sheet:
+            pictures.append(Image.new("RGB", (sheet.width, sheet.height + 40), "white"))
+            pictures[f].paste(sheet, (0, 40))
+        for b, (colour, shape, motion, speed, _) in enumerate(words):
+            at, words_of = (b * sheet.width // len(words) + 2, 4), f"{colour} {shape}\n{motion} {speed}"
+            ImageDraw.Draw(pictures[f]).text(at, words_of, "black", font_size=13)
+    page.unlink()
     how = dict(save_all=True, append_images=pictures[1:], duration=1000 / 8, loop=0, quality=75, method=6)
     write_atomically(path, lambda name: pictures[0].save(name, **how))
 

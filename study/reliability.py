@@ -4,14 +4,12 @@
     python -m study.reliability usefulness          # (b) one step: its signal to noise and its direction
     python -m study.reliability trained             # (c) students whose teacher is wrong somewhere
     python -m study.reliability capacity            # (d) students of 2, 3 and 6 layers
-    python -m study.reliability all --device=cuda   # (b) to (d)
-    python -m study.reliability trained/low/4/1     # one job of these; `jobs` lists them
+    python -m study.reliability all --device=cuda   # (b) to (d); `jobs` lists them, any prefix names some
 
-(a), the law in one dimension, is computed with the tables. Jobs append to one file. The same command may be
-started several times side by side: a job is left to whoever took it first, and an interrupted command goes on
-where it stopped. A wrong teacher: on the worse half of each prompt's rollouts, odd chunks of its clean
-estimate lie one latent cell too far to the right. Worse says the learned reward (low), what pixels show
-(pixels), or a lot (random).
+(a), the law in one dimension, is computed with the tables. A command may be started several times side by
+side, and goes on where it stopped. A wrong teacher: on the worse half of each prompt's rollouts, odd chunks
+of its clean estimate lie one latent cell too far to the right; worse by the learned reward (low), by what
+pixels show (pixels), or by lot (random).
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -99,14 +97,14 @@ def law_measured(s: float, beta: float, t: Tensor, seed: int, steps: int = 300, 
     """The same by steps along the weighted gradient of samples: mean θ of the later half."""
     rng, theta, path = rng_for("law", seed), torch.zeros(()), []
     cfg = build("tiny", {"beta": beta, "group": batch, "batch": batch})
-    stiff = (t**2 / ((1 - t) ** 2 + t**2)).mean()  # how hard the teacher pulls: it sets the step size
+    pull = (t**2 / ((1 - t) ** 2 + t**2)).mean()  # how hard the teacher pulls sets the step size
     for _ in range(steps):
         x, noise = theta + s * torch.randn(batch, generator=rng), torch.randn(batch, generator=rng)
         at = t[torch.randint(len(t), (batch,), generator=rng)]
         a = 1 - at
         xt = a * x + at * noise
         fake = theta + a * s**2 / (a**2 * s**2 + at**2) * (xt - a * theta)
-        theta = theta - 0.1 / stiff * (rollout_weight(x, cfg) * (fake - a / (a**2 + at**2) * xt)).mean()
+        theta = theta - 0.1 / pull * (rollout_weight(x, cfg) * (fake - a / (a**2 + at**2) * xt)).mean()
         path.append(theta)
     return float(torch.stack(path[steps // 2 :]).mean())
 
@@ -219,11 +217,12 @@ def usefulness(nets: Path, cfg: Config, start: str, prompts: int = 8, rollouts: 
         between = between + means.square().sum(1)
     signal = (total.square().sum(1) - between) / (prompts * (prompts - 1))
     cosine = torch.cosine_similarity(total, total[:1], dim=1)
-    measures = {"cosine": cosine, "signal to noise": signal / (size - signal)}
-    return [
-        {"setting": f"{start}, {fault}", "weight": f"{m}, β = {b:g}", "measure": k, "value": float(v[i])}
-        for k, v in measures.items() for i, (fault, (m, b)) in enumerate(settings)
-    ]  # fmt: skip
+    lines = []
+    for i, (fault, (name, beta)) in enumerate(settings):
+        facts = {"setting": f"{start}, {fault}", "weight": f"{name}, β = {beta:g}"}
+        lines += [facts | {"measure": "cosine", "value": float(cosine[i])}]
+        lines += [facts | {"measure": "signal to noise", "value": float(signal[i] / (size[i] - signal[i]))}]
+    return lines
 
 
 # -- (c), (d) trained students ----------------------------------------
