@@ -34,7 +34,7 @@ from model import VideoDiT, add_noise, guided_x0, shift_time, to_x0
 from networks import load_net, own_networks
 from pretrain import STAGES, train_causal
 from pretrain import Flags as Pretraining
-from reward import Balancer, effective_share, rollout_weight
+from reward import Balancer, rollout_weight
 from rollout import exit_step, rollout, rollout_chunks
 from run import Run
 from saliency import intra_weight, reward_saliency, to_latent_grid
@@ -42,7 +42,7 @@ from study import results
 from study.compare import FAR, watch
 from study.figures import BLUE, GREY, ORANGE, canvas, finish
 from study.tables import interval
-from train import average, draw, update, update_critic, weigh
+from train import draw, update_critic, update_student
 from world.measure import measure, three_axes
 from world.scene import World
 from world.words import caption
@@ -226,39 +226,26 @@ def usefulness(nets: Path, cfg: Config, start: str, prompts: int = 8, rollouts: 
 
 
 # -- (c), (d) trained students ----------------------------------------
-def update_student(run: Run, step: int, fault: str) -> float:
-    """train.py's step with a teacher that may be wrong → effective share of the rollouts."""
-    cfg = run.cfg
-    rngs, text, about = draw(run, "student", step, micro=0)
-    words = run.source.captions([(cfg.seed, "student", step, i // cfg.group) for i in range(cfg.batch)])
-    chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
-    x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
-    w, inter, _ = weigh(run, x.detach(), about)
-    teacher = shifted(
-        run.teacher, worse(run, fault, x.detach(), text, words, step, group=cfg.group), cfg.chunk
-    )
-    t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
-    g, _ = dmd_gradient(x, text, run.null, teacher, run.critic, t, noise, cfg.guidance)
-    dmd_loss(x, g, w).backward()
-    update(run.student, run.student_opt, cfg)
-    average(run, step)
-    return effective_share(inter)
-
-
 def train_student(
     nets: Path, cfg: Config, fault: str, layers: int, steps: int, out: Path
 ) -> dict[str, float]:
-    """Train, then measure from pixels: the first clip, and the last of FAR → {measure: value}."""
-    run, shares = begin(nets, cfg, start_of(nets, cfg, layers, out)), []
+    """train.py's steps, the teacher wrong somewhere → {measure of the first clip, and of the last of FAR}."""
+    run = begin(nets, cfg, start_of(nets, cfg, layers, out))
+    teacher, shares = run.teacher, []
     for step in range(steps):
-        shares.append(update_student(run, step, fault))
+        rngs, text, _ = draw(run, "student", step, micro=0)
+        words = run.source.captions([(cfg.seed, "student", step, i // cfg.group) for i in range(cfg.batch)])
+        with torch.no_grad():  # the rollouts that the step is about to make, to know which of them are bad
+            chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
+            x = rollout(run.student, text, cfg, rngs, chunks, exit)
+        run.teacher = shifted(teacher, worse(run, fault, x, text, words, step, group=cfg.group), cfg.chunk)
+        shares.append(update_student(run, step)["ess"])
         for i in range(cfg.critic_steps):
             update_critic(run, "critic", step, i)
     views, _ = watch(run.ema, run.codec, cfg, cfg.seed, CLIPS)
-    found = {"ess": sum(shares) / steps}
-    for name in LOOKS:
-        found |= {name: views["within"][name], f"{name} x{FAR}": views["beyond"][name]}
-    return found
+    early, late = (views[view] for view in ("within", "beyond"))
+    found = {name: early[name] for name in LOOKS} | {f"{name} x{FAR}": late[name] for name in LOOKS}
+    return found | {"ess": sum(shares) / steps}
 
 
 def start_of(nets: Path, cfg: Config, layers: int, out: Path, steps: int = 300) -> VideoDiT:

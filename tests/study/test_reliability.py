@@ -1,6 +1,5 @@
 """study/reliability.py: the law, the fault, the arithmetic of its tables, jobs that go on."""
 
-import copy
 import math
 import shutil
 import sys
@@ -67,16 +66,31 @@ def test_the_worse_half_of_each_prompt(monkeypatch):
     assert lot.view(2, 4).sum(1).tolist() == [2, 2] and not exact.any()
 
 
-def test_an_exact_teachers_step_is_that_of_train(nets, tmp_path):  # noqa: F811
-    """Catches a study that trains otherwise than train.py; a wrong teacher makes another step."""
+def test_the_teacher_errs_on_the_rollouts_that_are_trained_on(nets, tmp_path, monkeypatch):  # noqa: F811
+    """Catches rollouts judged that are not those of the step, and an exact teacher's step that is not
+    train.py's own."""
     cfg = build_config("tiny", SMALL | FACTS | {"beta": 2.0})
-    run = study.begin(nets, cfg, load_net(nets / "causal.safetensors", cfg, "causal"))
-    runs = {name: copy.deepcopy(run) for name in ("train", "exact", "low")}
-    train.update_student(runs["train"], 0)
+    judged, weighed, ends, worse, weigh = [], [], [], study.worse, train.weigh
+
+    def judge(run, fault, x, *how, **more):
+        judged.append(x)
+        return worse(run, fault, x, *how, **more)
+
+    def watch(net, *how):
+        ends.append(net)
+        return {view: dict.fromkeys(study.LOOKS, 0.0) for view in ("within", "beyond")}, 0.0
+
+    monkeypatch.setattr(study, "worse", judge)
+    monkeypatch.setattr(study, "watch", watch)
+    monkeypatch.setattr(train, "weigh", lambda run, x, about: weighed.append(x) or weigh(run, x, about))
     for fault in ("exact", "low"):
-        assert 0 < study.update_student(runs[fault], 0, fault) <= 1
-    ends = {k: torch.cat([p.flatten() for p in one.student.parameters()]) for k, one in runs.items()}
-    assert torch.equal(ends["train"], ends["exact"]) and not torch.equal(ends["low"], ends["exact"])
+        study.train_student(nets, cfg, fault, 1, 1, tmp_path)
+    for one, other in zip(judged, weighed, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    run = study.begin(nets, cfg, load_net(nets / "causal.safetensors", cfg, "causal"))
+    train.update_student(run, 0)
+    plain, exact, low = (torch.cat([p.flatten() for p in net.parameters()]) for net in (run.ema, *ends))
+    assert torch.equal(plain, exact) and not torch.equal(plain, low)
 
 
 def test_single_steps(nets):  # noqa: F811
