@@ -2,7 +2,6 @@
 
     python -m study.figures curves --run=out/train      # of metrics.jsonl, to out/train/curves.png
     python -m study.figures saliency --prompt "a red circle moving left slowly"      # to out/saliency.png
-    python -m study.figures strip --seed=1              # README's, to out/strip.webp
     python -m study.figures table                       # of study/results.csv, to out/table.png
     python -m study.figures methods --runs=out/table    # students, early and late, to out/methods.png
 
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from config import ROOT, BadInput, Config, cli, from_words, read_cli
@@ -27,13 +25,13 @@ from engine.rng import rng_for
 from engine.sheet import contact_sheet
 from networks import load_net
 from reward import AXES, RewardModel
-from rollout import rollout, sample_teacher, stream
+from rollout import rollout, stream
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 from study import results
 from study.compare import FAR
 from study.rows import ROWS, WORLDS, reference, rows_named, world_named
 from study.tables import extra, gains, interval
-from world.words import parse, tokenize
+from world.words import tokenize
 
 BLUE, ORANGE, GREY = "#1f4e9c", "#c8501e", "#8a8a8a"
 
@@ -133,42 +131,6 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
     contact_sheet(path, rows.items(), every=2)
 
 
-# -- README's strip ----------------------------------------
-PROMPTS = ("red circle moving left slowly on a black", "yellow square moving down slowly on a grey",
-           "cyan cross moving up slowly on a white", "green triangle moving right quickly on a black",
-           "magenta ring moving right slowly on a grey")  # fmt: skip
-STAGES = {
-    "teacher": "teacher: sees the whole clip, 25 steps",
-    "causal": "start: sees the past alone, 4 steps, before distillation",
-    "student": "student: the same 4 steps, after it",
-}
-
-
-@torch.no_grad()
-def strip(path: Path, student: Path, nets: Path, seed: int) -> None:
-    """An animation of teacher, causal start and student on the same prompts and noise, under captions."""
-    cfg = from_words(read_header(student)["config"], {"device": "cpu"})
-    words = [parse(f"a {prompt} background", 1) for prompt in PROMPTS]
-    text, page = tokenize(words, cfg.text_length, cfg.text_width), path.with_suffix(".png")
-    clips, pictures = {}, []
-    for kind, about in STAGES.items():
-        net = load_net(student if kind == "student" else nets / f"{kind}.safetensors", cfg, kind)
-        how = net, text, cfg, [rng_for(seed, "strip", i) for i in range(len(words))]
-        x = sample_teacher(*how) if kind == "teacher" else rollout(*how)
-        clips[about] = load_net(nets / "codec.safetensors", cfg, "codec").decode(x)
-    for f in range(cfg.pixel_frames):
-        contact_sheet(page, ((about, video01[:, f]) for about, video01 in clips.items()), scale=3)
-        with Image.open(page) as sheet:
-            pictures.append(Image.new("RGB", (sheet.width, sheet.height + 40), "white"))
-            pictures[f].paste(sheet, (0, 40))
-        for b, (colour, shape, motion, speed, _) in enumerate(words):
-            at, words_of = (b * sheet.width // len(words) + 2, 4), f"{colour} {shape}\n{motion} {speed}"
-            ImageDraw.Draw(pictures[f]).text(at, words_of, "black", font_size=13)
-    page.unlink()
-    how = dict(save_all=True, append_images=pictures[1:], duration=1000 / 8, loop=0, quality=75, method=6)
-    write_atomically(path, lambda name: pictures[0].save(name, **how))
-
-
 # -- the comparison ----------------------------------------
 VIEWS = {"within": ("first clip", "o", 0.17), "beyond": (f"last of {FAR} clips", "s", -0.17)}
 PANELS = [(axis, view) for view in VIEWS for axis in ("looks", "motion", "text")]
@@ -239,7 +201,7 @@ class Flags:
     world: str = "one"  # objects in a clip: one | two
     results: Path = ROOT / "study/results.csv"  # of table
     runs: Path = Path("out/table")  # what study.evaluate table leaves
-    student: str = ""  # of saliency and strip; default <nets>/stream_r1.safetensors
+    student: str = ""  # of saliency; default <nets>/stream_r1.safetensors
     clips: int = 256  # of table: runs measured on that many prompts
     methods: str = ""  # rows of study/rows.py, comma-separated; default all there are
 
@@ -276,18 +238,14 @@ def about_the_comparison(what: str, out: Path, flags: Flags) -> None:
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
-    known = ("curves", "saliency", "strip", "table", "methods")
+    known = ("curves", "saliency", "table", "methods")
     if what not in known:
         raise BadInput(f"study.figures {what} is not possible; allowed: {' | '.join(known)}")
     if typed and what != "saliency":
         raise BadInput(f"study.figures {what} does not depend on --{min(typed)}; leave it out")
-    name = f"{what}.webp" if what == "strip" else f"{what}.png"
-    out = Path(flags.run) / name if what == "curves" else writable_folder(flags.out) / name
+    out = Path(flags.run, "curves.png") if what == "curves" else writable_folder(flags.out) / f"{what}.png"
     if what == "curves":
         curves(Path(flags.run))
-    elif what == "strip":
-        student = Path(flags.student or Path(flags.nets) / "stream_r1.safetensors")
-        strip(out, student, Path(flags.nets), flags.seed)
     elif what == "saliency":
         about_a_student(out, typed, flags)
     else:
