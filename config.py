@@ -84,7 +84,6 @@ class Config:
     released_patch_order: bool = False  # scramble the spatial map as the released code does
     released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
-    tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
     steps: int = 30  # student updates of every method; published: 200; 120 for Self and Reward Forcing
@@ -142,8 +141,6 @@ class Config:
         own = self.taper in ("5432", "432") and grid != Config.denoise
         check("denoise", not own, f"none with taper={self.taper}, which has noise levels of its own")
         check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
-        alone = self.batch == self.accumulate and self.tilt > 0
-        check("accumulate", not alone, "less than batch with --tilt, which compares clips")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
         enough = bool(self.data) or self.text_length > 4 * self.objects
@@ -157,7 +154,7 @@ class Config:
     @property
     def weighted(self) -> bool:
         """Whether a reward takes part."""
-        return bool(self.beta or self.space or self.time or self.tilt)
+        return bool(self.beta or self.space or self.time)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -200,7 +197,7 @@ class Config:
 
 _MAY_BE_ZERO = (
     "codec_noise codec_straight window sink sink_decay context_t beta balance_strength "
-    "threads floor_space floor_time motion tilt seed beta1 beta2 ema t_min critic_warmup"
+    "threads floor_space floor_time motion seed beta1 beta2 ema t_min critic_warmup"
 ).split()
 
 
@@ -228,7 +225,6 @@ METHODS: dict[str, dict] = {
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=4.0),
     "first_chunk_more": dict(_PLAIN, taper="first"),
-    "tilted": dict(_PLAIN, tilt=6.0),
 }
 
 

@@ -8,8 +8,8 @@
 A step is one student update followed by `critic_steps` critic updates. Every random draw is a function of
 (seed, purpose, step, sample), so a resumed run equals an uninterrupted one and two processes equal one.
 
-simplified: gradients are averaged by one all-reduce, without overlap; with --accumulate, a tilt compares
-the clips of one micro-batch (over all processes), and the balance sees one after another.
+simplified: gradients are averaged by one all-reduce, without overlap; with --accumulate, the balance sees
+one micro-batch after another.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -28,7 +28,7 @@ from config import Config, cli, from_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
-from reward import AXES, effective_share, rollout_weight, tilt_weight
+from reward import AXES, effective_share, rollout_weight
 from rollout import exit_step, rollout, rollout_chunks
 from run import Run, finish, log, prepare, save, select, sheet
 from saliency import intra_weight, reward_saliency, to_latent_grid
@@ -177,34 +177,21 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
     """Let the critic catch up: flow matching on fresh rollouts of the student as it now is."""
     cfg, total, dropped = run.cfg, 0.0, 0.0
     for micro in range(cfg.accumulate):
-        rngs, text, about = draw(run, *key, micro=micro)
+        rngs, text, _ = draw(run, *key, micro=micro)
         with processes.autocast(cfg):
             with torch.no_grad():
                 x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
             t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
-        w = critic_weight(run, x, about)
-        finite = x.isfinite().flatten(1).all(1) & w.isfinite()
+        finite = x.isfinite().flatten(1).all(1)
         dropped += (~finite).sum() * run.world
         if processes.may(finite.any(), cfg):
             with processes.autocast(cfg):
                 losses = critic_loss(run.critic, x[finite], text[finite], t[finite], noise[finite])
-            loss = (w[finite] * losses).sum() / len(x) / cfg.accumulate
+            loss = losses.sum() / len(x) / cfg.accumulate
             loss.backward()
             total += loss.detach()
     stats = processes.mean({"critic": total, "dropped": dropped}, cfg.device)
     return stats | {"grad_norm": update(run.critic, run.critic_opt, cfg)}
-
-
-@torch.no_grad()
-def critic_weight(run: Run, x: Tensor, about) -> Tensor:
-    """Rollouts x (b f c h w) → (b,): all ones, unless the critic is tilted towards what is badly rewarded."""
-    if not run.cfg.tilt:
-        return torch.ones(len(x), device=x.device)
-    with processes.autocast(run.cfg):
-        video01 = run.codec.decode(x.nan_to_num()).float()
-    scores = run.reward(video01, about)[:, [AXES.index(a) for a in run.cfg.axes]].mean(1)
-    scores = scores.masked_fill(~x.isfinite().flatten(1).all(1), torch.nan)  # else the worst clip of all
-    return tilt_weight(processes.gather(scores), run.cfg.tilt)[run.rank * len(x) : (run.rank + 1) * len(x)]
 
 
 def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:

@@ -24,7 +24,7 @@ def weights(path) -> torch.Tensor:
     )
 
 
-SHARD = ("--shard", "--save_every=2", "--group=2", "--tilt=1", "--balance_window=2", "--checkpointing")
+SHARD = ("--shard", "--save_every=2", "--group=2", "--balance_window=2", "--checkpointing")
 
 
 @pytest.fixture(scope="module")
