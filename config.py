@@ -7,6 +7,7 @@ import argparse
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -119,7 +120,11 @@ class Config:
             if get_origin(f.type) is Literal:
                 check(f.name, value in get_args(f.type), " | ".join(get_args(f.type)))
             elif f.type in (int, float):
-                check(f.name, value > 0 or value == 0 and zero, "a positive number" + " or zero" * zero)
+                check(
+                    f.name,
+                    0 < value < math.inf or value == 0 and zero,
+                    "a positive number" + " or zero" * zero,
+                )
         cell = self.stride * self.patch
         check("height", self.height % cell == 0, f"a multiple of {cell} (stride x patch)")
         check("width", self.width % cell == 0, f"a multiple of {cell} (stride x patch)")
@@ -228,8 +233,17 @@ METHODS: dict[str, dict] = {
 }
 
 
+def number(word: str) -> float:
+    """Neither nan nor infinite."""
+    if not math.isfinite(value := float(word)):
+        raise ValueError(word)
+    return value
+
+
 def _parse(kind: type) -> Callable[[str], object]:
     """A converter from a command-line word to a field's type."""
+    if kind is float:
+        return number
     if get_origin(kind) is not tuple:
         return str if get_origin(kind) is Literal else kind
     item = get_args(kind)[0]

@@ -10,6 +10,7 @@ Every stage prints what to expect, saves as it goes (--resume), and leaves a con
 from engine import openmp  # isort: skip  (before torch loads)
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Mo
     def loss_of(net, averaged, step, drawn, noise):
         return net.train().loss(source.pixels(drawn, cfg.device), noise)
 
-    return learn(stage, net.to(cfg.device), draw, loss_of, cfg, flags)
+    net = net.to(cfg.device)
+    return learn(stage, net, adam_and_muon(net, stage.lr, cfg.bf16), draw, loss_of, cfg, flags)
 
 
 def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, codec, cfg, flags, gaps=False):
@@ -121,7 +123,8 @@ def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, c
             x = codec.encode(source.pixels(drawn, cfg.device)).float()
         return loss_of(net, averaged, x, *given)
 
-    return learn(stage, net, draw, loss, cfg, flags, net.blocks)
+    opts = adam_and_muon(net, stage.lr, cfg.bf16, net.blocks)
+    return learn(stage, net, opts, draw, loss, cfg, flags, net.blocks)
 
 
 def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
@@ -215,7 +218,8 @@ def train_reward(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.M
         video01 = torch.cat([good, *bad, rivals[0][pick].to(cfg.device)])
         return bradley_terry(net, video01, text, rivals[1][pick].to(cfg.device))
 
-    return learn(stage, RewardModel(cfg).to(cfg.device), draw, loss_of, cfg, flags)
+    net = RewardModel(cfg).to(cfg.device)
+    return learn(stage, net, adam_and_muon(net, stage.lr, cfg.bf16), draw, loss_of, cfg, flags)
 
 
 @torch.no_grad()
@@ -286,6 +290,59 @@ def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> No
     contact_sheet(out / f"{name}.png", rows)
 
 
+# -- optimizers ----------------------------------------
+class Muon(torch.optim.Muon):
+    """The same update and the same state. torch's own launches two dozen kernels a matrix and step, for all
+    matrices of the preset `small` nearly as many as its forward and backward pass. And it always computes in
+    bf16, far slower than fp32 on a CPU without bf16 products; here `dtype` decides."""
+
+    def __init__(self, params, dtype: torch.dtype, **how):
+        super().__init__(params, **how)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        shapes: dict[tuple, list] = {}
+        for p in group["params"]:
+            shapes.setdefault(tuple(p.shape), []).append(p)
+        for shape, params in shapes.items():
+            grads = [p.grad for p in params]
+            means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            ahead = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
+            whole = orthogonal(
+                ahead.to(self.dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            size = 0.2 * math.sqrt(max(shape))  # match_rms_adamw: as large as AdamW's steps
+            torch._foreach_add_(params, list(whole.float().unbind()), alpha=-group["lr"] * size)
+
+
+def adam_and_muon(net: nn.Module, lr: float, bf16: bool, blocks=()) -> list:
+    """AdamW, but Muon for the matrices of `blocks`, which needs clearly fewer clips here (docs/log.md)."""
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    taken = {id(p) for p in matrices}
+    rest = [p for p in net.parameters() if id(p) not in taken]
+    adam = torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
+    how = dict(dtype=dtype, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [adam, Muon(matrices, **how)] if matrices else [adam]
+
+
+def orthogonal(x: Tensor, coefficients: tuple, steps: int, eps: float) -> Tensor:
+    """Matrices (m rows columns) with singular values moved towards 1, by Newton and Schulz."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    y = x.mT if tall else x
+    y = y / torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if tall else y
+
+
+# -- the stages, one after another ----------------------------------------
 TRAINERS = {
     "codec": train_codec, "teacher": train_teacher, "causal": train_causal, "consistency": train_consistency,
     "reward": train_reward,
@@ -305,6 +362,8 @@ def main() -> None:
         raise BadInput(f"workers={flags.workers} is not possible on Windows; allowed: 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
+    if flags.resume:
+        checkpoint.can_resume(flags.out)
     out = checkpoint.writable_folder(flags.out)
     source = source_of(cfg, drop_words=0.1)
     if isinstance(source, PromptFile):
@@ -320,7 +379,8 @@ def main() -> None:
         print(f"{name}: {stage.steps} steps of {stage.batch} clips{expect}", flush=True)
         start = time.perf_counter()
         codec = None if name == "codec" else made("codec", cfg, flags)
-        net = TRAINERS[name](cfg, stage, source, codec, flags)
+        with checkpoint.locked(f"{out}/{name}-state"):
+            net = TRAINERS[name](cfg, stage, source, codec, flags)
         minutes = (time.perf_counter() - start) / 60
         facts = {"steps": stage.steps, "command": " ".join(sys.argv)}
         facts["minutes"] = "unknown: resumed" if flags.resume else f"{minutes:.1f}"

@@ -1,12 +1,16 @@
 """A training run: what it holds, how it starts, is looked at, saved and ended. Its steps are in train.py."""
 
 import json
+import math
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from config import ROOT, BadInput, Config
@@ -14,7 +18,6 @@ from data import ClipFolder, PromptFile, source_of
 from engine import checkpoint, processes
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
-from engine.track import Track
 from networks import Networks, load_net, own_networks
 from reward import AXES, Balancer
 from rollout import rollout
@@ -24,6 +27,69 @@ from world.words import caption
 
 # may change between a run and its continuation
 FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads")
+
+
+# -- what it shows of itself ----------------------------------------
+def read_metrics(folder: Path) -> list[dict]:
+    """What a run has logged, a dict a step; of a last line that a kill has cut short nothing."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def as_json(row: dict[str, float]) -> str:
+    """A line of metrics.jsonl. JSON knows no NaN and no Infinity: they become null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
+
+
+class Track:
+    """Numbers and contact sheets of a run, from the first process. Raises BadInput without the package.
+
+    tool: none | tensorboard | wandb. settings: of the run. step: where it begins; what an interrupted run
+    noted after that is left out.
+    """
+
+    def __init__(self, tool: str, folder: Path, settings: dict, step: int):
+        self.path, self.board, self.wandb = folder / "metrics.jsonl", None, None
+        try:
+            if tool == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter  # optional, as wandb is: the extra `track`
+
+                self.board = SummaryWriter(str(folder / tool), purge_step=step + 1 if step else None)
+            elif tool == "wandb":
+                import wandb
+
+                self.wandb, how = wandb, {"name": folder.name, "dir": str(folder), "config": settings}
+                self.run = wandb.init(project="stream-r1", **how)
+            elif tool != "none":
+                raise BadInput(f"track={tool} is not possible; allowed: none | tensorboard | wandb")
+        except ImportError as error:
+            raise BadInput(f"--track={tool} needs what is not installed: pip install {tool}") from error
+        kept = "".join(as_json(row) for row in read_metrics(folder) if row["step"] <= step)
+        checkpoint.write_atomically(self.path, lambda name: name.write_text(kept))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(as_json({"step": step} | values))
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+        if self.wandb:
+            self.run.log(values, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        if self.board:
+            self.board.add_image(name, np.array(Image.open(path)), step, dataformats="HWC")
+        if self.wandb:
+            self.run.log({name: self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.run.finish()
 
 
 @dataclass(kw_only=True)
@@ -41,7 +107,8 @@ class Run(Networks):
     balancer: Balancer
     track: Track | None  # of the first process
     step: int = 0
-    best: float = -1.0
+    best: float = -math.inf  # held-out score of the student that is kept
+    start: float = math.nan  # of the first student
     bad: int = 0
 
 
@@ -83,6 +150,7 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
         restore(run, state)
     if rank == 0:
         facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
+        facts["flags"] = {k: v for k, v in vars(flags).items() if k not in ("out", "resume")}
         text = json.dumps(asdict(cfg) | facts, indent=1)
         checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
     return run
@@ -98,7 +166,7 @@ def parts(run: Run) -> tuple[dict, dict]:
 
 
 def save(run: Run) -> None:
-    facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
+    facts = {"config": asdict(run.cfg), "best": run.best, "start": run.start, "origin": run.origin}
     if run.cfg.shard:
         from wan.shards import save_shards
 
@@ -115,26 +183,56 @@ def restore(run: Run, state: dict) -> None:
         load_shards(state["shards"], *parts(run))
         run.balancer.load_state_dict(state["balancer"])
     else:
-        for name in (*NETS, *STATE):
-            getattr(run, name).load_state_dict(state[name])
-    run.step, run.best = state["step"], state["best"]
+        with checkpoint.readable(run.out):
+            for name in (*NETS, *STATE):
+                getattr(run, name).load_state_dict(state[name])
+    run.step, run.best, run.start = state["step"], state["best"], state.get("start", math.nan)
 
 
-def finish(run: Run) -> None:
-    if run.rank == 0 and run.step < run.cfg.steps:
+def finish(run: Run, signals: list[int]) -> None:
+    """signals: that have stopped this process; a stopped run ends with 128 + the first one."""
+    stopped, student = run.step < run.cfg.steps, run.out / "student.safetensors"
+    if not stopped and processes.any_of(not student.exists(), run.cfg.device):
+        # the best one is lost; the state holds the last one's average
+        run.best = -math.inf
+        select(run)
+    if run.rank == 0 and stopped:
         after = "; the traceback below is torchrun's" * torch.distributed.is_torchelastic_launched()
-        print(f"stopped after step {run.step}; --resume goes on from there{after}", flush=True)
+        there = "--resume goes on from there" if run.step else "nothing is saved before the first"
+        print(f"stopped after step {run.step}; {there}{after}", flush=True)
     elif run.rank == 0:
-        path = run.out / "student.safetensors"
-        sheet(run, "after", load_net(path, run.cfg, "student"))
-        scored = f" (held-out score {run.best:.3f})" if run.best > -1 else ""
-        print(f"student {path}{scored}; {run.out}/before.png and after.png show the change", flush=True)
+        sheet(run, "after", load_net(student, run.cfg, "student"))
+        print(
+            f"student {student}{scored(run)}; {run.out}/before.png and after.png show the change", flush=True
+        )
         if run.folder:
             prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
-            print(f'next: python sample.py {run.cfg.preset} --student={path} --prompt "{prompt}"', flush=True)
+            print(
+                f'next: python sample.py {run.cfg.preset} --student={student} --prompt "{prompt}"', flush=True
+            )
     if run.track:
         run.track.close()
     processes.stop()
+    if stopped:
+        sys.exit(128 + next(iter(signals), signal.SIGTERM))
+
+
+def scored(run: Run) -> str:
+    if run.cfg.data:
+        return ""
+    gain = run.best - run.start
+    than = "" if math.isnan(gain) else f", {abs(gain):.3f} {'worse' if gain < 0 else 'better'} than its start"
+    return f" (held-out score {run.best:.3f}{than})"
+
+
+def stop_if_broken(run: Run) -> None:
+    """Weights that are not finite are neither shown nor saved: they end the run."""
+    local = {name: [p.to_local() if processes.is_share(p) else p for p in getattr(run, name).parameters()]
+             for name in NETS}  # fmt: skip
+    bad = [name for name, params in local.items() if not all(p.isfinite().all() for p in params)]
+    if processes.any_of(bool(bad), run.cfg.device):
+        what = f"weights ({' '.join(bad) or 'of another process'}) are not finite after step {run.step}"
+        sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
 
 
 # -- looking at it ----------------------------------------
@@ -150,23 +248,27 @@ def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, 
     return video01.float().cpu(), [" ".join(w) if cfg.data else caption(w) for w in words]
 
 
-def select(run: Run) -> dict[str, float]:
-    """Measure the averaged student on held-out prompts after a rollout of full horizon; keep the best.
-
-    Few-step students are easily over-trained. Of real clips nobody knows the truth: there the newest student
-    is kept.
-    """
-    if run.rank and not run.cfg.shard:
-        return {}
-    stats, score = {}, run.best
-    if not run.cfg.data:
-        scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
-        stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
-        score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
-        score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
+def held_out(run: Run) -> tuple[dict[str, float], float]:
+    """Measures of the averaged student on held-out prompts after a rollout of full horizon, and a score of
+    them. Of real clips nobody knows the truth: no measures and, as for what cannot be measured, -inf."""
+    if run.cfg.data:
+        return {}, -math.inf
+    scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
+    stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
+    score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
+    score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
     if run.cfg.shard:  # all processes come to one decision
         score = processes.mean({"score": score}, run.cfg.device)["score"]
-    if score >= run.best:
+    return stats, -math.inf if math.isnan(score) else score
+
+
+def select(run: Run) -> dict[str, float]:
+    """Measure the averaged student; keep the best, of real clips the newest. Few-step students are easily
+    over-trained."""
+    if run.rank and not run.cfg.shard:
+        return {}
+    stats, score = held_out(run)
+    if score >= run.best or run.cfg.data:
         run.best = score
         facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
         facts["vocabulary"] = " ".join(run.source.vocabulary)
@@ -192,8 +294,8 @@ def sheet(run: Run, name: str, net: nn.Module) -> None:
     if run.rank == 0:
         many = video01.shape[1] > 32
         how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
-        contact_sheet(run.out / f"{name}.png", zip(prompts, video01, strict=True), **how)
-        run.track.image(run.step, name, run.out / f"{name}.png")
+        path = contact_sheet(run.out / f"{name}.png", zip(prompts, video01, strict=True), **how)
+        run.track.image(run.step, name, path)
 
 
 def log(run: Run, stats: dict, bar) -> None:

@@ -14,6 +14,7 @@ the meaning changes.
 from engine import openmp  # isort: skip  (before torch loads)
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -56,8 +57,12 @@ class Flags:
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = video_path(flags.out)
+    if flags.init and out.exists() and out.samefile(flags.init):
+        raise BadInput(f"--out={out} would replace --init; name another file")
     if flags.frames < 1:
         raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
+    if flags.seed < 0:
+        raise BadInput(f"seed={flags.seed} is not possible; allowed: 0 or more")
     cfg, student, codec, read = open_networks(preset, typed, flags)
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # one alone is as fast there, and no burden
     past = start_from(flags.init, codec.to(cfg.device), cfg)
@@ -88,9 +93,9 @@ def main() -> None:
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     sheet = [(caption, torch.stack([kept[i] for i in shown])) for caption, shown in rows.items()]
-    contact_sheet(out.with_suffix(".png"), sheet, scale=zoom(cfg) // 2 or 1)
+    shown = contact_sheet(out.with_suffix(".png"), sheet, scale=zoom(cfg) // 2 or 1)
     how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
-    report(seconds, cfg, out, " in ".join(how) or "eager")
+    report(seconds, cfg, f"{out} and {shown}", " in ".join(how) or "eager")
 
 
 @torch.inference_mode()
@@ -157,18 +162,23 @@ def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config
 
 def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]]:
     """["A", "B@48"] → (prompt, its first frame, its first chunk of those that are made), after `given`
-    chunks. Raises BadInput."""
+    chunks. Only digits after the last @ are a frame; the first prompt may say its own, for a text that ends
+    so. Raises BadInput."""
     plan, last = [], cfg.pixels(given)
     starts = {cfg.pixels(k): k for k in range(given, given + flags.frames // cfg.chunk + 1)}
-    for i, prompt in enumerate(flags.prompt):
-        prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", str(last))
-        fine = bool(at) == bool(i) and frame.strip().isdigit() and int(frame) in starts
-        if not fine or i and not last < int(frame) < flags.frames:
+    for i, typed in enumerate(flags.prompt):
+        found = re.fullmatch(r"(.*)@\s*([0-9]{1,12})\s*", typed, re.DOTALL)
+        prompt, frame = (found[1], int(found[2])) if found else (typed, last)
+        if i:
+            fine = found and frame in starts and last < frame < flags.frames
+        else:
+            fine = frame == last
+        if not fine:
             where = ", ".join(str(cfg.pixels(k)) for k in (1, 2, 3))
-            allowed = f"the first has no @, the others end in @FRAME, where a chunk begins ({where}, ...)"
+            allowed = f"the first has no @FRAME, the others end in one, where a chunk begins ({where}, ...)"
             between = f"after {last} and before --frames={flags.frames}"
-            raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed} {between}")
-        last = int(frame)
+            raise BadInput(f"--prompt {typed!r} is not possible; allowed: {allowed} {between}")
+        last = frame
         plan.append((prompt, last, starts[last] - given))
     return plan
 
@@ -200,9 +210,9 @@ def zoom(cfg: Config) -> int:
     return max(1, 256 // min(cfg.height, cfg.width))
 
 
-def report(seconds: list[float], cfg: Config, out: Path, how: str) -> None:
+def report(seconds: list[float], cfg: Config, files: str, how: str) -> None:
     if not seconds:
-        print(f"{out}: only the given frames were asked for")
+        print(f"{files}: only the given frames were asked for")
         return
     steady = torch.tensor(seconds[1:] or seconds).double() * 1000
     p50, p99 = steady.quantile(0.5), steady.quantile(0.99)
@@ -210,7 +220,7 @@ def report(seconds: list[float], cfg: Config, out: Path, how: str) -> None:
     speed = f"{frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})"
     print(f"first frame after {seconds[0] * 1000:.0f} ms; {speed}")
     print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    print(f"{out} and {out.with_suffix('.png')}")
+    print(files)
 
 
 if __name__ == "__main__":

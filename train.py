@@ -14,23 +14,25 @@ one micro-batch after another.
 
 from engine import openmp  # isort: skip  (before torch loads)
 
+import json
 import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, cli, from_cli
+from config import Config, build, cli, read_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
 from reward import AXES, effective_share, rollout_weight
 from rollout import exit_step, rollout, rollout_chunks
-from run import Run, finish, log, prepare, save, select, sheet
+from run import Run, finish, held_out, log, prepare, save, select, sheet, stop_if_broken
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
 
@@ -47,17 +49,42 @@ class Flags:
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    cfg, flags = settings()
     openmp.use_threads(cfg.threads)
+    if processes.restarted():
+        flags = replace(flags, resume=bool(checkpoint.states(Path(flags.out))))
+    elif flags.resume:
+        checkpoint.can_resume(flags.out)
     rank, world, device = processes.start(cfg)
-    run = prepare(replace(cfg, device=device), flags, rank, world)
+    with checkpoint.locked(flags.out, mine=rank == 0):
+        learn(prepare(replace(cfg, device=device), flags, rank, world))
+
+
+def settings() -> tuple[Config, Flags]:
+    """What is typed. With --resume what is not typed is as in the run's config.json. Raises BadInput."""
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    path = Path(flags.out) / "config.json"
+    if not (flags.resume and path.exists()):
+        return build(preset, typed), flags
+    preset, typed, _ = read_cli([f"--config={path}", *sys.argv[1:]], Flags, __doc__)
+    then, own = json.loads(path.read_text()), vars(flags)
+    same = {k: x for k, x in then.get("flags", {}).items() if own.get(k) == vars(Flags())[k]}
+    return build(preset, {"threads": then["threads"]} | typed), replace(flags, **same)
+
+
+def learn(run: Run) -> None:
+    """All steps that are left."""
     stop, cfg = checkpoint.stop_on_signal(), run.cfg
     ahead = range(run.step, cfg.steps)
-    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0)
+    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=run.rank > 0)
     if run.step == 0:
         sheet(run, "before", run.student)
+        if run.rank == 0 or cfg.shard:
+            _, run.start = held_out(run)
         for i in range(cfg.critic_warmup):
             update_critic(run, "warm-up", i)
+            if processes.any_of(bool(stop), cfg.device):
+                return finish(run, stop)
     for step in bar:
         start = time.perf_counter()
         stats = update_student(run, step)
@@ -68,15 +95,19 @@ def main() -> None:
         run.step = step + 1
         give_up_if_broken(run, stats)
         stats["seconds"] = time.perf_counter() - start
-        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
+        stopping = processes.any_of(bool(stop), cfg.device)
+        measuring = run.step % cfg.eval_every == 0 or run.step == cfg.steps
+        saving = run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping
+        if measuring or saving:
+            stop_if_broken(run)
+        if measuring:
             stats |= select(run)
         log(run, stats, bar)
-        stopping = processes.any_of(bool(stop), cfg.device)
-        if run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping:
+        if saving:
             save(run)
         if stopping:
             break
-    finish(run)
+    finish(run, stop)
 
 
 def update_student(run: Run, step: int) -> dict[str, float]:

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from codec import Codec
 from config import ROOT, BadInput, Config, build, from_words
-from engine.checkpoint import fingerprint, read_header, read_metrics, writable_folder
+from engine.checkpoint import fingerprint, read_header, writable_folder
 from engine.processes import pick_device
 from engine.rng import rng_for
 from model import VideoDiT
 from networks import load_net
 from rollout import step_grid, stream
+from run import read_metrics
 from study import results
 from study.rows import BASE, CONTEXTS, WORLDS, as_flag, fields_of
 from world.measure import measure, three_axes
@@ -101,7 +102,7 @@ def trained(folder: Path, cfg: Config, nets: Path) -> bool:
         return False
     kinds = ("codec", "teacher", "causal", *["reward"] * cfg.weighted)
     asked = asdict(cfg) | {"origin": {"nets": fingerprint(nets, kinds), "start": ""}}
-    made, free = json.loads(path.read_text()), (*MACHINE, "torch", "world")
+    made, free = json.loads(path.read_text()), (*MACHINE, "torch", "world", "flags")
     one, two = ({k: v for k, v in each.items() if k not in free} for each in (made, asked))
     return one == json.loads(json.dumps(two))  # lists for tuples, as in the file
 

@@ -84,7 +84,7 @@ def test_two_processes_equal_one(nets, tmp_path):
     assert gap < 5e-6
 
 
-def test_sigterm_saves_and_exits_0(nets, tmp_path, capfd):
+def test_sigterm_saves_and_exits_143(nets, tmp_path, capfd):
     (process,) = launch(command(nets, tmp_path, "--steps=100000", "--save_every=100000"))
     for _ in range(1200):
         if (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
@@ -92,7 +92,7 @@ def test_sigterm_saves_and_exits_0(nets, tmp_path, capfd):
         time.sleep(0.05)
     process.terminate()
     process.join(60)
-    assert process.exitcode == 0 and "--resume goes on" in capfd.readouterr().out
+    assert process.exitcode == 143 and "--resume goes on" in capfd.readouterr().out
     assert len(list(tmp_path.glob("step_*.pt"))) == 1
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import METHODS, BadInput, Config, build
 from engine import processes
-from engine.checkpoint import is_ours, read_header
+from engine.checkpoint import is_ours, not_finite, read_header
 from networks import Networks, load_net
 from wan import memory
 from wan.videoalign import load_videoalign, refuse_marks
@@ -62,6 +62,8 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     header = {"kind": "student", "config": made} if foreign else read_header(path)
     cfg = student_config(header, preset, typed, flags.steps)
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
+    if foreign and (what := not_finite(student.state_dict())):
+        raise BadInput(f"{path} cannot be used: {what}")
     text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
     return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
 

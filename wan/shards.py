@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from config import BadInput, Config
 from engine import processes
-from engine.checkpoint import write_atomically
+from engine.checkpoint import states, write_atomically
 
 
 def shard(net: nn.Module, cfg: Config) -> nn.Module:
@@ -57,7 +57,7 @@ def save_shards(folder: Path, step: int, nets: dict, opts: dict, facts: dict) ->
         write_atomically(temporary / "facts.json", lambda name: name.write_text(text))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-        for old in sorted(p for p in folder.glob("step_*") if p != path)[:-1]:
+        for old in [p for p in states(folder) if p != path and p.is_dir()][:-1]:
             shutil.rmtree(old)
     processes.wait()
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from engine.muon import Muon
+from pretrain import Muon
 
 
 @pytest.mark.parametrize("dtype, off", [(torch.bfloat16, 0.02), (torch.float32, 0.05)])

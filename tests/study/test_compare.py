@@ -140,7 +140,7 @@ def test_a_failed_run_is_counted_and_the_others_go_on(where, tmp_path, monkeypat
 
 
 def test_a_run_that_was_stopped_is_not_measured(where, tmp_path, monkeypatch, capsys):
-    """train.py ends a SIGTERM with exit code 0; half a training must not be taken for a whole one."""
+    """Whatever its exit code says: half a training must not be taken for a whole one."""
     done = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: done)
     with pytest.raises(SystemExit):
