@@ -120,11 +120,8 @@ class Config:
             if get_origin(f.type) is Literal:
                 check(f.name, value in get_args(f.type), " | ".join(get_args(f.type)))
             elif f.type in (int, float):
-                check(
-                    f.name,
-                    0 < value < math.inf or value == 0 and zero,
-                    "a positive number" + " or zero" * zero,
-                )
+                fine = 0 < value < math.inf or value == 0 and zero
+                check(f.name, fine, "a positive number" + " or zero" * zero)
         cell = self.stride * self.patch
         check("height", self.height % cell == 0, f"a multiple of {cell} (stride x patch)")
         check("width", self.width % cell == 0, f"a multiple of {cell} (stride x patch)")
@@ -233,41 +230,27 @@ METHODS: dict[str, dict] = {
 }
 
 
-def number(word: str) -> float:
-    """Neither nan nor infinite."""
-    if not math.isfinite(value := float(word)):
-        raise ValueError(word)
-    return value
-
-
-def _parse(kind: type) -> Callable[[str], object]:
-    """A converter from a command-line word to a field's type."""
-    if kind is float:
-        return number
-    if get_origin(kind) is not tuple:
-        return str if get_origin(kind) is Literal else kind
-    item = get_args(kind)[0]
-
-    def comma_separated(word: str) -> tuple:
-        return tuple(item(w) for w in word.split(",") if w)
-
-    comma_separated.__name__ = f"comma-separated {item.__name__}"
-    return comma_separated
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise BadInput(message)
 
 
 def _add_field(parser: argparse.ArgumentParser, f) -> None:
-    flag = "--" + f.name
-    if f.type is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction)
-    elif get_origin(f.type) is list:
-        parser.add_argument(flag, action="append", type=get_args(f.type)[0])
-    else:
-        parser.add_argument(flag, type=_parse(f.type))
+    kind, parts, how = get_origin(f.type) or f.type, get_args(f.type), {"type": f.type}
+
+    def comma_separated(word: str) -> tuple:
+        return tuple(parts[0](w) for w in word.split(",") if w)
+
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif kind is Literal:
+        how = {}
+    elif kind is list:
+        how = {"action": "append", "type": parts[0]}
+    elif kind is tuple:
+        comma_separated.__name__ = f"comma-separated {parts[0].__name__}"
+        how = {"type": comma_separated}
+    parser.add_argument(f"--{f.name}", **how)
 
 
 def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
@@ -303,6 +286,9 @@ def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str,
         raise BadInput(f"unknown argument {unknown[0]}; {hint}")
     ours = {k: v for k, v in typed.items() if k in own}
     theirs = {k: v for k, v in typed.items() if k in shared}
+    for name, value in ours.items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise BadInput(f"{name}={value} is not possible; allowed: 0 or more")
     made, saved = saved_settings(path) if path else (asked or "tiny", {})
     if asked not in ("", made):
         raise BadInput(f"--config={path} is of preset {made!r}, asked for was {asked!r}")
@@ -388,6 +374,7 @@ def from_words(text: str, typed: dict | None = None) -> Config:
 
 def cli(main: Callable[[], None]) -> None:
     """Call a script's main; bad input ends it with one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # an arrow where a terminal or a file knows none
     try:
         main()
     except BadInput as error:

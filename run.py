@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from config import ROOT, BadInput, Config
-from data import ClipFolder, PromptFile, source_of
+from data import ClipFolder, source_of
 from engine import checkpoint, processes
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
@@ -44,26 +44,23 @@ def as_json(row: dict[str, float]) -> str:
 
 
 class Track:
-    """Numbers and contact sheets of a run, from the first process. Raises BadInput without the package.
-
-    tool: none | tensorboard | wandb. settings: of the run. step: where it begins; what an interrupted run
-    noted after that is left out.
-    """
+    """Numbers and contact sheets of a run, from the first process. step: where it begins; what an interrupted
+    run noted after that is left out. Raises BadInput without the package."""
 
     def __init__(self, tool: str, folder: Path, settings: dict, step: int):
-        self.path, self.board, self.wandb = folder / "metrics.jsonl", None, None
+        self.path, self.tool = folder / "metrics.jsonl", tool
+        if tool not in ("none", "tensorboard", "wandb"):
+            raise BadInput(f"track={tool} is not possible; allowed: none | tensorboard | wandb")
         try:
             if tool == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter  # optional, as wandb is: the extra `track`
 
-                self.board = SummaryWriter(str(folder / tool), purge_step=step + 1 if step else None)
+                self.to = SummaryWriter(str(folder / tool), purge_step=step + 1 if step else None)
             elif tool == "wandb":
                 import wandb
 
-                self.wandb, how = wandb, {"name": folder.name, "dir": str(folder), "config": settings}
-                self.run = wandb.init(project="stream-r1", **how)
-            elif tool != "none":
-                raise BadInput(f"track={tool} is not possible; allowed: none | tensorboard | wandb")
+                how = {"name": folder.name, "dir": str(folder), "config": settings}
+                self.to, self.picture = wandb.init(project="stream-r1", **how), wandb.Image
         except ImportError as error:
             raise BadInput(f"--track={tool} needs what is not installed: pip install {tool}") from error
         kept = "".join(as_json(row) for row in read_metrics(folder) if row["step"] <= step)
@@ -72,24 +69,22 @@ class Track:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with open(self.path, "a") as file:
             file.write(as_json({"step": step} | values))
-        if self.board:
+        if self.tool == "tensorboard":
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-        if self.wandb:
-            self.run.log(values, step=step)
+                self.to.add_scalar(name, value, step)
+            self.to.flush()
+        elif self.tool == "wandb":
+            self.to.log(values, step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        if self.board:
-            self.board.add_image(name, np.array(Image.open(path)), step, dataformats="HWC")
-        if self.wandb:
-            self.run.log({name: self.wandb.Image(str(path))}, step=step)
+        if self.tool == "tensorboard":
+            self.to.add_image(name, np.array(Image.open(path)), step, dataformats="HWC")
+        elif self.tool == "wandb":
+            self.to.log({name: self.picture(str(path))}, step=step)
 
     def close(self) -> None:
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.run.finish()
+        if self.tool != "none":
+            self.to.close() if self.tool == "tensorboard" else self.to.finish()
 
 
 @dataclass(kw_only=True)
@@ -101,7 +96,7 @@ class Run(Networks):
     out: Path
     rank: int
     world: int
-    source: World | ClipFolder | PromptFile
+    source: World | ClipFolder  # or wan.networks.PromptFile
     student_opt: torch.optim.Optimizer
     critic_opt: torch.optim.Optimizer
     balancer: Balancer
@@ -115,19 +110,21 @@ class Run(Networks):
 # -- starting, saving, ending ----------------------------------------
 def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed. flags: train.py's. Raises BadInput."""
-    out, source = checkpoint.writable_folder(flags.out), source_of(cfg)
+    out = checkpoint.writable_folder(flags.out)
     state = checkpoint.load_state(out, cfg, FREE, flags.resume)
-    if len({bool(flags.wan), isinstance(source, PromptFile), cfg.time_stride > 1}) > 1:
+    if bool(flags.wan) != (cfg.time_stride > 1) or flags.wan and not cfg.data:
         raise BadInput("the preset wan-1.3b, --wan=FOLDER and --data=FILE (prompts, one a line) go together")
     if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
         raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
     if state and state["step"] > cfg.steps:
         raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
     if flags.wan:
-        from wan.networks import wan_networks  # diffusers and transformers take seconds
+        from wan.networks import PromptFile, wan_networks  # diffusers and transformers take seconds
 
+        source = PromptFile(cfg.data)
         nets = wan_networks(cfg, source.prompts, flags)
     else:
+        source = source_of(cfg)
         nets = own_networks(cfg, Path(flags.nets or ROOT / "assets" / cfg.preset), flags.start)
     if isinstance(source, ClipFolder):
         nets.origin["clips"] = source.fingerprint
@@ -159,18 +156,12 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
 NETS, STATE = ("student", "critic", "ema"), ("student_opt", "critic_opt", "balancer")
 
 
-def parts(run: Run) -> tuple[dict, dict]:
-    """What wan.shards saves: networks, and optimizers with what they move."""
-    opts = {"student_opt": (run.student, run.student_opt), "critic_opt": (run.critic, run.critic_opt)}
-    return {name: getattr(run, name) for name in NETS}, opts
-
-
 def save(run: Run) -> None:
     facts = {"config": asdict(run.cfg), "best": run.best, "start": run.start, "origin": run.origin}
     if run.cfg.shard:
         from wan.shards import save_shards
 
-        save_shards(run.out, run.step, *parts(run), facts | {"balancer": run.balancer.state_dict()})
+        save_shards(run, NETS, facts)
     elif run.rank == 0:
         state = {name: getattr(run, name).state_dict() for name in (*NETS, *STATE)}
         checkpoint.save_state(run.out, run.step, state | facts)
@@ -180,8 +171,7 @@ def restore(run: Run, state: dict) -> None:
     if "shards" in state:
         from wan.shards import load_shards
 
-        load_shards(state["shards"], *parts(run))
-        run.balancer.load_state_dict(state["balancer"])
+        load_shards(run, NETS, state)
     else:
         with checkpoint.readable(run.out):
             for name in (*NETS, *STATE):
@@ -193,8 +183,7 @@ def finish(run: Run, signals: list[int]) -> None:
     """signals: that have stopped this process; a stopped run ends with 128 + the first one."""
     stopped, student = run.step < run.cfg.steps, run.out / "student.safetensors"
     if not stopped and processes.any_of(not student.exists(), run.cfg.device):
-        # the best one is lost; the state holds the last one's average
-        run.best = -math.inf
+        run.best = -math.inf  # the best one is lost; the state holds the last one's average
         select(run)
     if run.rank == 0 and stopped:
         after = "; the traceback below is torchrun's" * torch.distributed.is_torchelastic_launched()
@@ -202,14 +191,14 @@ def finish(run: Run, signals: list[int]) -> None:
         print(f"stopped after step {run.step}; {there}{after}", flush=True)
     elif run.rank == 0:
         sheet(run, "after", load_net(student, run.cfg, "student"))
-        print(
-            f"student {student}{scored(run)}; {run.out}/before.png and after.png show the change", flush=True
-        )
+        gain, score = run.best - run.start, f" (held-out score {run.best:.3f}" * (not run.cfg.data)
+        if score:
+            than = f", {abs(gain):.3f} {'worse' if gain < 0 else 'better'} than its start"
+            score += than * math.isfinite(gain) + ")"
+        print(f"student {student}{score}; {run.out}/before.png and after.png show the change")
         if run.folder:
             prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
-            print(
-                f'next: python sample.py {run.cfg.preset} --student={student} --prompt "{prompt}"', flush=True
-            )
+            print(f'next: python sample.py {run.cfg.preset} --student={student} --prompt "{prompt}"')
     if run.track:
         run.track.close()
     processes.stop()
@@ -217,22 +206,19 @@ def finish(run: Run, signals: list[int]) -> None:
         sys.exit(128 + next(iter(signals), signal.SIGTERM))
 
 
-def scored(run: Run) -> str:
-    if run.cfg.data:
-        return ""
-    gain = run.best - run.start
-    than = "" if math.isnan(gain) else f", {abs(gain):.3f} {'worse' if gain < 0 else 'better'} than its start"
-    return f" (held-out score {run.best:.3f}{than})"
-
-
-def stop_if_broken(run: Run) -> None:
-    """Weights that are not finite are neither shown nor saved: they end the run."""
-    local = {name: [p.to_local() if processes.is_share(p) else p for p in getattr(run, name).parameters()]
-             for name in NETS}  # fmt: skip
-    bad = [name for name, params in local.items() if not all(p.isfinite().all() for p in params)]
-    if processes.any_of(bool(bad), run.cfg.device):
-        what = f"weights ({' '.join(bad) or 'of another process'}) are not finite after step {run.step}"
-        sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
+def stop_if_broken(run: Run, stats: dict[str, float]) -> None:
+    """Single non-finite samples are dropped and counted; max_bad steps in a row with some end the run. At
+    once do weights that are not finite: they are neither shown nor saved."""
+    finite = math.isfinite(stats["grad_norm"] + stats["critic_grad_norm"])
+    run.bad = run.bad + 1 if stats["dropped"] or not finite else 0
+    nets = {name: list(getattr(run, name).parameters()) for name in NETS}
+    nets = {name: [p.to_local() if processes.is_share(p) else p for p in own] for name, own in nets.items()}
+    broken = [k for k, own in nets.items() if not torch.stack(torch._foreach_norm(own)).isfinite().all()]
+    what = f"{run.bad} steps in a row had non-finite samples" * (run.bad >= run.cfg.max_bad)
+    if processes.any_of(bool(broken), run.cfg.device):
+        what = f"weights ({' '.join(broken) or 'of another process'}) are not finite"
+    if what:
+        sys.exit(f"{what}, stopped in step {run.step}; the last checkpoint in {run.out} is intact")
 
 
 # -- looking at it ----------------------------------------
@@ -270,8 +256,8 @@ def select(run: Run) -> dict[str, float]:
     stats, score = held_out(run)
     if score >= run.best or run.cfg.data:
         run.best = score
-        facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
-        facts["vocabulary"] = " ".join(run.source.vocabulary)
+        facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()},
+                 "vocabulary": " ".join(run.source.vocabulary)}  # fmt: skip
         if run.folder:  # where sample.py finds the codec
             facts["nets"] = relative(Path(run.folder), run.out)
         checkpoint.save_weights(run.out / "student.safetensors", run.ema, run.cfg, "student", **facts)

@@ -15,7 +15,6 @@ one micro-batch after another.
 from engine import openmp  # isort: skip  (before torch loads)
 
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -63,13 +62,14 @@ def main() -> None:
 def settings() -> tuple[Config, Flags]:
     """What is typed. With --resume what is not typed is as in the run's config.json. Raises BadInput."""
     preset, typed, flags = read_cli(None, Flags, __doc__)
-    path = Path(flags.out) / "config.json"
-    if not (flags.resume and path.exists()):
-        return build(preset, typed), flags
-    preset, typed, _ = read_cli([f"--config={path}", *sys.argv[1:]], Flags, __doc__)
-    then, own = json.loads(path.read_text()), vars(flags)
-    same = {k: x for k, x in then.get("flags", {}).items() if own.get(k) == vars(Flags())[k]}
-    return build(preset, {"threads": then["threads"]} | typed), replace(flags, **same)
+    path, plain = Path(flags.out) / "config.json", vars(Flags())
+    if flags.resume and path.exists():
+        preset, typed, _ = read_cli([f"--config={path}", *sys.argv[1:]], Flags, __doc__)
+        then = json.loads(path.read_text())
+        typed = {"threads": then.get("threads", 0)} | typed
+        same = {k: x for k, x in then.get("flags", {}).items() if k in plain and vars(flags)[k] == plain[k]}
+        flags = replace(flags, **same)
+    return build(preset, typed), flags
 
 
 def learn(run: Run) -> None:
@@ -93,17 +93,13 @@ def learn(run: Run) -> None:
             stats |= {"critic": behind["critic"], "critic_grad_norm": behind["grad_norm"]}
             stats["dropped"] += behind["dropped"]
         run.step = step + 1
-        give_up_if_broken(run, stats)
+        stop_if_broken(run, stats)
         stats["seconds"] = time.perf_counter() - start
         stopping = processes.any_of(bool(stop), cfg.device)
-        measuring = run.step % cfg.eval_every == 0 or run.step == cfg.steps
-        saving = run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping
-        if measuring or saving:
-            stop_if_broken(run)
-        if measuring:
+        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
             stats |= select(run)
         log(run, stats, bar)
-        if saving:
+        if run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping:
             save(run)
         if stopping:
             break
@@ -164,13 +160,11 @@ def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, ke
     """
     sane = x.isfinite().flatten(1).all(1)
     rngs, _, _ = draw(run, *key, micro=micro)
-    x = x.detach().clone()
+    x = torch.full_like(x, torch.nan)
     if processes.may(sane.any(), run.cfg):
         kept = [g for g, ok in zip(rngs, sane.tolist(), strict=True) if ok]
         with processes.autocast(run.cfg):
             x[sane] = rollout(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
-    else:
-        x.fill_(torch.nan)
     return x, rngs
 
 
@@ -236,15 +230,6 @@ def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
         opt.step()
     opt.zero_grad()
     return float(norm)
-
-
-def give_up_if_broken(run: Run, stats: dict[str, float]) -> None:
-    """Single non-finite samples are dropped and counted; too many steps with some in a row end the run."""
-    finite = math.isfinite(stats["grad_norm"] + stats["critic_grad_norm"])
-    run.bad = run.bad + 1 if stats["dropped"] or not finite else 0
-    if run.bad >= run.cfg.max_bad:
-        what = f"{run.bad} steps in a row had non-finite samples, stopped in step {run.step}"
-        sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
 
 
 def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], Tensor, Tensor | list[str]]:

@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
             raise BadInput(f"no space left in {path.parent}{needs}; {path.name} was not written") from error
         if not isinstance(error, OSError):
             raise
-        why = error.strerror or str(error).splitlines()[0]
+        why = error.strerror or str(error).partition("\n")[0] or type(error).__name__
         raise BadInput(f"{path} cannot be written: {why}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -61,12 +61,10 @@ def is_full(folder: Path, error: Exception) -> bool:
 def locked(folder: str, mine: bool = True) -> Iterator[None]:
     """One run a folder at a time. A process that ends, however it ends, keeps no lock. mine: whether this
     process is the one to ask. Raises BadInput."""
-    if not mine:
-        yield
-        return
     lock = FileLock(writable_folder(folder) / ".lock")
     try:
-        lock.acquire(timeout=0)
+        if mine:
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}; another --out starts one beside it") from error
     try:
@@ -124,14 +122,6 @@ def read_header(path: Path) -> dict[str, str]:
     if "kind" not in header or "config" not in header:
         raise BadInput(f"{path} was not written by this project: its header names no kind and no config")
     return header
-
-
-def is_ours(path: Path) -> bool:
-    """Whether `save_weights` wrote a file."""
-    try:
-        return bool(read_header(path))
-    except BadInput:
-        return False
 
 
 def fingerprint(nets: Path, kinds: tuple[str, ...] = ("codec", "teacher", "causal", "reward")) -> str:

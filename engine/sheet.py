@@ -1,5 +1,6 @@
-"""Contact sheets and video files."""
+"""Contact sheets, video files and the program that makes them."""
 
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -61,13 +62,7 @@ def video_path(path: str) -> Path:
     if out.is_dir():
         raise BadInput(f"--out={path} is a folder; name a file")
     if out.suffix == ".mp4":
-        try:
-            import imageio_ffmpeg  # not every machine has it
-
-            imageio_ffmpeg.get_ffmpeg_version()
-        except (ImportError, OSError, RuntimeError, IndexError) as error:
-            what = "--out=NAME.mp4 needs ffmpeg: pip install imageio[ffmpeg], or name one in IMAGEIO_FFMPEG_EXE"
-            raise BadInput(f"{what}; .gif and .webp need none") from error
+        ffmpeg("-version")
     writable_folder(str(out.parent))
     return out
 
@@ -80,7 +75,9 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
         with imageio.get_writer(path, fps=fps, macro_block_size=2, quality=8) as writer:
             for count, frame in enumerate(frames, 1):  # noqa: B007
                 writer.append_data(frame)
-        if (written := _frames_in(path)) != count:
+        table, _ = ffmpeg("-i", f"file:{path}", *"-map 0:V:0 -c copy -f framecrc -".split())
+        written = sum(not line.startswith(b"#") for line in table.splitlines())
+        if written != count:
             raise OSError(f"the encoder left {written} of {count} frames")
     else:
         head, *rest = [Image.fromarray(frame) for frame in frames]
@@ -88,10 +85,16 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
         head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **lossless)
 
 
-def _frames_in(path: Path) -> int:
-    import imageio_ffmpeg
-
+def ffmpeg(*words: str) -> tuple[bytes, str]:
+    """Run it → what it writes, and its complaints. Raises BadInput if there is none."""
     try:
-        return imageio_ffmpeg.count_frames_and_secs(path)[0]
-    except (OSError, RuntimeError):  # nothing is there, or nothing that can be read
-        return 0
+        import imageio_ffmpeg  # not every machine has it
+
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+    except (ImportError, RuntimeError, OSError) as error:
+        cure = "pip install imageio[ffmpeg], or name one in IMAGEIO_FFMPEG_EXE"
+        raise BadInput(f"there is no ffmpeg program for films: {cure}") from error
+    except subprocess.TimeoutExpired:
+        return b"", "it takes more than ten minutes"
+    return done.stdout, done.stderr.decode("utf-8", "replace")

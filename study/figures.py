@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from config import ROOT, BadInput, Config, cli, from_words, read_cli
-from data import understand
 from engine.checkpoint import read_header, writable_folder, write_atomically
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
@@ -32,7 +31,7 @@ from study import results
 from study.compare import FAR
 from study.rows import ROWS, WORLDS, reference, rows_named, world_named
 from study.tables import extra, gains, interval
-from world.words import tokenize
+from world.words import tokenize, understand
 
 BLUE, ORANGE, GREY = "#1f4e9c", "#c8501e", "#8a8a8a"
 

@@ -250,7 +250,7 @@ BAD = {
     "nets": (["--nets=nowhere"], "nowhere"),
     "other config": (["--channels=8"], "channels"),
     "out": (["--out=/proc/nothing"], "--out"),
-    "data": (["--data=/nowhere"], "no such folder of clips"),
+    "data": (["--data=/nowhere"], "is not there; allowed here: a folder of clips"),
 }
 
 

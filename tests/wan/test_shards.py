@@ -109,4 +109,4 @@ def test_shares_of_other_networks(nets, pair, tmp_path):
     cfg = build("tiny", dict(dim=32, heads=2, ffn=32, layers=1, batch=4, device="cpu"))
     run = prepare(cfg, Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
     with pytest.raises(BadInput, match="cannot be read"):
-        load_shards(pair / "step_000004", {"stranger": run.student}, {})
+        load_shards(run, ("teacher",), {"shards": pair / "step_000004"})
