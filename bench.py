@@ -15,7 +15,6 @@ from engine import openmp  # isort: skip  (before torch loads)
 import json
 import time
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -72,15 +71,10 @@ def seconds_of(parts, cfg: Config, count: int, then=lambda x: x) -> list[float]:
 
 def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
     """A stream whose window is full, and the seconds to its first chunk."""
-    dtype = student.patch_embedding.weight.dtype
     text = torch.randn(1, cfg.text_length, cfg.text_width, device=cfg.device)
-    cache = RingCache(student, cfg, batch=1, dtype=dtype)
+    cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
     parts = stream(student, text, cfg, [rng_for(0)], cache=cache, call=how)
-    first = seconds_of(parts, cfg, 1)[0]
-    for _ in islice(parts, cfg.cached_chunks + 4):
-        pass
-    synchronise(cfg)
-    return parts, first
+    return parts, seconds_of(parts, cfg, cfg.cached_chunks + 5)[0]
 
 
 def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> dict[str, float]:
@@ -92,8 +86,7 @@ def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> d
     fresh, _ = start_stream(student, cfg, how)
     ratios = []
     for i in range(flags.chunks):
-        turns = (parts, fresh) if i % 2 else (fresh, parts)
-        seconds = {each: seconds_of(each, cfg, 1)[0] for each in turns}
+        seconds = {each: seconds_of(each, cfg, 1)[0] for each in (parts, fresh)[:: 1 if i % 2 else -1]}
         ratios.append(seconds[parts] / seconds[fresh])
     return {"late : early": float(torch.tensor(ratios).quantile(0.5)), "late grown MiB": grown}
 

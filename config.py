@@ -320,8 +320,7 @@ def options(values) -> dict[str, tuple[str, str]]:
         value, choices = vars(values)[f.name], METHODS if f.name == "method" else ()
         choices = get_args(f.type) if get_origin(f.type) is Literal else choices
         flag = f"--[no-]{f.name}" if f.type is bool else f"--{f.name}={_TYPED.get(f.type, 'WORD')}"
-        if f.type is bool:
-            value = "on" if value else "off"
+        value = ("off", "on")[value] if f.type is bool else value
         shown = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
         about = [" | ".join(choices)] * bool(choices) + [f"default {shown}"] * bool(shown)
         found[f.name] = group, f"  {flag:<26} {note}" + f" [{'; '.join(about)}]" * bool(about)

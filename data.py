@@ -173,20 +173,19 @@ class ClipFolder:
         index = _index(Path(folder), [name for name, _ in rows])
         for name, text in rows:
             clip = index[name]
+            if isinstance(clip, Clip) and (has := clip.frames(cfg)) < need:
+                clip = f"{name} has {has} frames at {cfg.fps} a second, {need} are needed"
             if isinstance(clip, str):
                 warnings.warn(f"left out: {clip}", stacklevel=2)
-            elif (has := clip.frames(cfg)) < need:
-                short = f"{name} has {has} frames at {cfg.fps} a second, {need} are needed"
-                warnings.warn(f"left out: {short}", stacklevel=2)
             else:
                 self.clips.append((clip, text))
         if not self.clips:
             raise BadInput(f"--data={folder} holds no usable clip of at least {need} frames")
-        longest = max(len(free_words(text)) for _, text in self.clips)
-        if longest > cfg.text_length:
+        captions = [free_words(text) for _, text in self.clips]
+        if (longest := max(map(len, captions))) > cfg.text_length:
             cut = f"captions have up to {longest} words; --text_length={cfg.text_length} keeps the first"
             warnings.warn(cut, stacklevel=2)
-        self.vocabulary = sorted({word for _, text in self.clips for word in free_words(text)})
+        self.vocabulary = sorted({word for words in captions for word in words})
         facts = json.dumps([(clip.path.name, clip.start, clip.seconds, text) for clip, text in self.clips])
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:12]  # a resumed run needs the same
 

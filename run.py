@@ -278,8 +278,7 @@ def sheet(run: Run, name: str, net: nn.Module) -> None:
     clips = min(6, run.cfg.batch // (run.world * run.cfg.accumulate))
     video01, prompts = imagine(run, net, clips, run.cfg.chunks)
     if run.rank == 0:
-        many = video01.shape[1] > 32
-        how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
+        how = dict(scale=1, every=video01.shape[1] // 8) if video01.shape[1] > 32 else {}
         path = contact_sheet(run.out / f"{name}.png", zip(prompts, video01, strict=True), **how)
         run.track.image(run.step, name, path)
 

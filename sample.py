@@ -57,7 +57,7 @@ class Flags:
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = video_path(flags.out)
-    if flags.init and out.exists() and out.samefile(flags.init):
+    if flags.init and out.resolve() == Path(flags.init).resolve():
         raise BadInput(f"--out={out} would replace --init; name another file")
     if flags.frames < 1:
         raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")

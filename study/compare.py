@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice, product
 from pathlib import Path
@@ -36,9 +38,21 @@ from world.scene import World
 from world.words import caption, tokenize
 
 FAR, FEW = 9, 64  # drift is measured at this many times the training length, on that many prompts
+STOPPED = (130, 143, -2, -15)  # exit codes of a training that a person or a machine has ended, to go on
 MACHINE = ("device", "threads", "save_every")  # how and where a run computes, not what
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is an exit like any other, which takes the running training along."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@ended_by_sigterm()
 def compare(names: list[str], typed: dict, how) -> None:
     """Train and measure every row with every seed, seed by seed, unless it is in the file already.
 
@@ -46,7 +60,6 @@ def compare(names: list[str], typed: dict, how) -> None:
     that fails is noted as failed, and the others go on. Raises BadInput for a run with other settings.
     """
     writable_folder(str(how.results.parent), "--results")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the running training along
     nets = Path(how.nets or ROOT / WORLDS[how.world][1])
     facts = {"world": how.world, "clips": how.clips, "nets": fingerprint(nets)}
     for seed, name in product(range(how.first, how.first + how.seeds), names):
@@ -87,7 +100,7 @@ def train_and_measure(run: dict, fields: dict, folder: Path, nets: Path) -> list
         done = subprocess.run([*words, f"--nets={nets}", f"--out={folder}", *resume], check=False)
         if done.returncode == 2:  # it has said why
             raise BadInput(f"{run['command']} was refused")
-        if done.returncode:
+        if done.returncode not in (0, *STOPPED):
             return [run | {"view": "failed"}]
     if (last := last_step(folder)) < cfg.steps:
         raise BadInput(f"{folder} stopped at step {last} of {cfg.steps}; the same command goes on from there")

@@ -115,6 +115,17 @@ def test_rate_and_palette_of_pictures(folder):
     assert grey.shape == (1, 3, 32, 32) and (grey == 77).all()
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
+def test_the_end_of_a_clip_is_read_alone(tmp_path, monkeypatch, name):
+    """Catches a --init that decodes an hour for its last second."""
+    frames = np.stack([np.full((32, 32, 3), 4 * i, np.uint8) for i in range(48)])
+    how = dict(plugin="pillow", duration=125, loop=0) if name == "a.gif" else dict(plugin="FFMPEG", fps=8)
+    iio.imwrite(tmp_path / name, frames, **how)
+    whole, counts, real = read_clip(tmp_path / name, CFG), [], data.decode
+    monkeypatch.setattr(data, "decode", lambda *a: counts.append(a[3]) or real(*a))
+    assert torch.equal(read_clip(tmp_path / name, CFG, 5), whole[-5:]) and counts == [5]
+
+
 def test_csv_metadata(folder):
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text('file_name,text\n0.gif,"a bar, moving"\n')

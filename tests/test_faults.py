@@ -2,11 +2,13 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import KEYS, ROOT, in_process
+from runs import KEYS, ROOT, call, command, in_process
 
 import pretrain
 import sample
@@ -23,6 +25,7 @@ from config import BadInput, build
 from engine import checkpoint, sheet
 from run import read_metrics
 
+FORK = multiprocessing.get_context("fork")  # a new process would take seconds to import torch
 RED = ("--prompt", "a red circle moving left", "--frames=8")
 
 
@@ -48,6 +51,19 @@ def tried(nets, tmp_path):
     return (f"--nets={nets}", f"--out={tmp_path / 'run'}", *KEYS)
 
 
+@pytest.fixture(scope="module")
+def one_step(nets, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    call(command(nets, out, "--steps=1"))
+    return out
+
+
+@pytest.fixture
+def ran(one_step, tmp_path):
+    """The folder of `tried` after a run of one step."""
+    return shutil.copytree(one_step, tmp_path / "run")
+
+
 @pytest.fixture
 def drawn(nets, tmp_path):
     """Arguments of sample.py for a short clip, tmp_path/clip.mp4."""
@@ -71,6 +87,7 @@ def test_a_clip_is_not_replaced_by_its_continuation(drawn, tmp_path, monkeypatch
     in_process(monkeypatch, sample, *drawn)
     before = (tmp_path / "clip.mp4").read_bytes()
     assert "would replace --init" in refused(sample, *drawn, f"--init={tmp_path}/clip.mp4")
+    assert "no such file" in refused(sample, *drawn, f"--init={tmp_path}/lost.mp4")
     assert (tmp_path / "clip.mp4").read_bytes() == before
 
 
@@ -158,9 +175,8 @@ def test_a_full_disk_while_pictures_are_written(nets, tmp_path, monkeypatch, ref
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_full_disk_while_a_state_is_written(tried, tmp_path, monkeypatch, refused):
+def test_a_full_disk_while_a_state_is_written(tried, ran, tmp_path, monkeypatch, refused):
     """Torch then speaks of an "unexpected pos"; the state before stays and can be resumed from."""
-    in_process(monkeypatch, train, *tried, "--steps=1")
     before = (tmp_path / "run" / "step_000001.pt").read_bytes()
 
     def save(state, path):
@@ -178,22 +194,22 @@ def test_a_full_disk_while_a_state_is_written(tried, tmp_path, monkeypatch, refu
 
 def test_a_folder_takes_one_run(tried, tmp_path, monkeypatch, refused):
     """Catches two runs that mix their numbers; a lock whose process was killed is none."""
-    script = f"""
-import time
-from engine.checkpoint import locked
-with locked({str(tmp_path / "run")!r}):
-    print("held", flush=True)
-    time.sleep(100)
-"""
-    words = [sys.executable, "-c", script]
-    holder = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    held = FORK.Event()
+
+    def hold():
+        with checkpoint.locked(tmp_path / "run"):
+            held.set()
+            time.sleep(100)
+
+    holder = FORK.Process(target=hold)
+    holder.start()
     try:
-        assert holder.stdout.readline() == "held\n"
+        assert held.wait(20)
         assert "another run is writing to" in refused(train, *tried, "--steps=1")
         assert not list((tmp_path / "run").glob("*.p*"))
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
     in_process(monkeypatch, train, *tried, "--steps=1")
 
 
@@ -202,9 +218,8 @@ def test_two_pretrainings_do_not_share_a_stage(tmp_path, refused):
         assert "another run" in refused(pretrain, "--stage=codec", "--steps=1", f"--out={tmp_path}")
 
 
-def test_resuming_where_nothing_is_names_what_is(tried, tmp_path, monkeypatch, refused):
+def test_resuming_where_nothing_is_names_what_is(tried, ran, tmp_path, refused):
     """Catches a typed error that becomes a new run."""
-    in_process(monkeypatch, train, *tried, "--steps=1")
     typo = f"--out={tmp_path}/rum"
     line = refused(train, *tried, typo, "--resume")
     assert f"{tmp_path}/rum holds no saved step" in line and f"there is {tmp_path}/run" in line
@@ -233,9 +248,8 @@ def test_numbers_of_a_config_and_of_other_scripts(refused, tmp_path):
         build("tiny", {"lr": float("inf")})
 
 
-def test_weights_that_are_not_finite_end_the_run(tried, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_end_the_run(tried, ran, tmp_path, monkeypatch):
     """Catches a NaN that is saved over a good state and shown as the student. The update is at fault here."""
-    in_process(monkeypatch, train, *tried, "--steps=1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("st*")}
     real = train.update_student
 
@@ -321,8 +335,21 @@ def test_an_at_sign_in_a_prompt():
         assert f"--prompt {prompts[-1]!r} is not" in str(caught.value)
 
 
-def test_a_lost_student_is_written_again(tried, tmp_path, monkeypatch):
-    in_process(monkeypatch, train, *tried, "--steps=1")
+def test_what_a_terminal_cannot_show_ends_no_script():
+    """Catches a UnicodeEncodeError after hours: pretrain.py prints an arrow, people write Chinese."""
+    script = r"""
+from config import BadInput, cli
+def main():
+    print("\u2192 \u5706")
+    raise BadInput("\u5706")
+cli(main)
+"""
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"\\u2192 \\u5706\n") and b"\\u5706" in done.stderr
+
+
+def test_a_lost_student_is_written_again(tried, ran, tmp_path, monkeypatch):
     student = tmp_path / "run" / "student.safetensors"
     before = checkpoint.load_file(student)
     student.unlink()
@@ -331,8 +358,7 @@ def test_a_lost_student_is_written_again(tried, tmp_path, monkeypatch):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_state_without_a_part(tried, tmp_path, monkeypatch, refused):
-    in_process(monkeypatch, train, *tried, "--steps=1")
+def test_a_state_without_a_part(tried, ran, tmp_path, refused):
     path = tmp_path / "run" / "step_000001.pt"
     whole = torch.load(path, weights_only=True)
     torch.save({k: v for k, v in whole.items() if k != "ema"}, path)
@@ -366,16 +392,18 @@ def test_a_signal_in_the_warm_up(tried, tmp_path, monkeypatch, capsys, number):
 @pytest.mark.parametrize("pause, code", [(0.0, 0), (1.2, 130)])
 def test_a_second_signal_ends_at_once(pause, code):
     """Not the one that torchrun hands on, which comes within milliseconds."""
-    script = f"""
-import os, signal, time
-from engine.checkpoint import stop_on_signal
-stop = stop_on_signal()
-os.kill(os.getpid(), signal.SIGINT)
-time.sleep({pause})
-os.kill(os.getpid(), signal.SIGINT)
-assert len(stop) == 2
-"""
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == code
+
+    def main():
+        stop = checkpoint.stop_on_signal()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert len(stop) == 2
+
+    process = FORK.Process(target=main)
+    process.start()
+    process.join(20)
+    assert process.exitcode == code
 
 
 def test_resume_takes_the_runs_own_settings(nets, tried, tmp_path, monkeypatch, refused):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -139,13 +140,15 @@ def test_a_failed_run_is_counted_and_the_others_go_on(where, tmp_path, monkeypat
     assert "| windowed | 0 (1 failed) |" in capsys.readouterr().out
 
 
-def test_a_run_that_was_stopped_is_not_measured(where, tmp_path, monkeypatch, capsys):
-    """Whatever its exit code says: half a training must not be taken for a whole one."""
-    done = subprocess.CompletedProcess([], 0)
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_run_that_was_stopped_is_not_measured(where, tmp_path, monkeypatch, capsys, code):
+    """Half a training must not be taken for a whole one, nor one that a signal has ended for a failed one."""
+    done, before = subprocess.CompletedProcess([], code), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: done)
     with pytest.raises(SystemExit):
         call(monkeypatch, *where, "--steps=1")
     assert "stopped at step 0 of 1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before, "whoever calls this keeps what they do on a signal"
     assert not (tmp_path / "r.csv").exists()
 
 
