@@ -239,8 +239,8 @@ def held_out(run: Run) -> tuple[dict[str, float], float]:
     them. Of real clips nobody knows the truth: no measures and, as for what cannot be measured, -inf."""
     if run.cfg.data:
         return {}, -math.inf
-    scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
-    stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
+    found = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
+    stats = {f"held_out_{k}": float(found[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
     score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
     score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
     if run.cfg.shard:  # all processes come to one decision

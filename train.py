@@ -15,6 +15,7 @@ one micro-batch after another.
 from engine import openmp  # isort: skip  (before torch loads)
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ class Flags:
 def main() -> None:
     cfg, flags = settings()
     openmp.use_threads(cfg.threads)
-    if processes.restarted():
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts, after a failure
         flags = replace(flags, resume=bool(checkpoint.states(Path(flags.out))))
     elif flags.resume:
         checkpoint.can_resume(flags.out)

@@ -107,6 +107,13 @@ def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) ->
     write_atomically(path, lambda name: save_file(tensors, name, header))
 
 
+def annotate(path: Path, **facts) -> None:
+    """Add facts (measured scores) to the header of weights that `save_weights` wrote."""
+    header = read_header(path) | {k: str(v) for k, v in facts.items()}
+    tensors = load_file(path)
+    write_atomically(path, lambda name: save_file(tensors, name, header))
+
+
 def read_header(path: Path) -> dict[str, str]:
     """The metadata `save_weights` wrote. Raises BadInput for a missing, corrupt or foreign file."""
     if not Path(path).is_file():

@@ -29,11 +29,6 @@ def start(cfg: Config) -> tuple[int, int, str]:
     return rank, world, device
 
 
-def restarted() -> bool:
-    """Whether torchrun --max-restarts has started this process anew, after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

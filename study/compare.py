@@ -12,8 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice, product
 from pathlib import Path
@@ -42,17 +40,6 @@ STOPPED = (130, 143, -2, -15)  # exit codes of a training that a person or a mac
 MACHINE = ("device", "threads", "save_every")  # how and where a run computes, not what
 
 
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM is an exit like any other, which takes the running training along."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@ended_by_sigterm()
 def compare(names: list[str], typed: dict, how) -> None:
     """Train and measure every row with every seed, seed by seed, unless it is in the file already.
 
@@ -97,7 +84,11 @@ def train_and_measure(run: dict, fields: dict, folder: Path, nets: Path) -> list
     if not trained(folder, cfg, nets):
         words = [sys.executable, str(ROOT / "train.py"), *(as_flag(k, v) for k, v in fields.items())]
         resume = ["--resume"] if list(folder.glob("step_*.pt")) else []
-        done = subprocess.run([*words, f"--nets={nets}", f"--out={folder}", *resume], check=False)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the run along
+        try:
+            done = subprocess.run([*words, f"--nets={nets}", f"--out={folder}", *resume], check=False)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if done.returncode == 2:  # it has said why
             raise BadInput(f"{run['command']} was refused")
         if done.returncode not in (0, *STOPPED):

@@ -19,12 +19,11 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codec import Codec
 from config import PRESETS, ROOT, BadInput, Config, build, cli, from_words, read_cli
-from engine.checkpoint import read_header, writable_folder, write_atomically
+from engine.checkpoint import annotate, read_header, writable_folder, write_atomically
 from engine.processes import pick_device
 from engine.rng import rng_for
 from networks import load_net
@@ -105,13 +104,6 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     held_out = [over_time(table, name) for name in ("jitter", "shape", "speed")]
     drifts = [crossed(table, name) for name in ("contrast", "saturation")]
     print(*filter(None, [markdown(table, flags.against), *held_out, *drifts]), sep="\n\n")
-
-
-def annotate(path: Path, **facts) -> None:
-    """Add facts (measured scores) to the header of weights that `save_weights` wrote."""
-    header = read_header(path) | {k: str(v) for k, v in facts.items()}
-    tensors = load_file(path)
-    write_atomically(path, lambda name: save_file(tensors, name, header))
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from torch.testing import assert_close
 import pretrain
 from codec import Codec
 from config import build, cli
+from engine.checkpoint import annotate
 from engine.rng import rng_for
 from reward import RewardModel, bradley_terry
 from rollout import sample_teacher
-from study.evaluate import annotate
 from world.scene import World
 
 SMALL = ["--dim=32", "--heads=2", "--ffn=32", "--layers=1", "--device=cpu", "--batch=2"]
