@@ -7,8 +7,7 @@
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
 remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
-after the window has filled; every mode runs in the same process, one after the other. An old stream and a
-fresh one take turns, chunk by chunk: a machine's speed changes within minutes.
+after the window has filled. An old stream and a fresh one take turns: a machine's speed changes in minutes.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -16,7 +15,6 @@ from engine import openmp  # isort: skip  (before torch loads)
 import json
 import time
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
 from config import BadInput, Config, build, cli, read_cli
-from data import PromptFile, source_of
+from data import source_of
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import largest_process, pick_device
 from engine.rng import rng_for
@@ -49,23 +47,15 @@ def synchronise(cfg: Config) -> None:
 
 def peak_memory(cfg: Config) -> float:
     """MiB: of the device with CUDA; else of the process, modes before this one included."""
-    if cfg.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return largest_process("RUSAGE_SELF")
+    cuda = cfg.device == "cuda"
+    return torch.cuda.max_memory_allocated() / 2**20 if cuda else largest_process("RUSAGE_SELF")
 
 
 def matmul_peak(cfg: Config) -> float:
     """TFLOP/s of a large matrix product in the type the network runs in: the best of five."""
     size = 1024 if cfg.device == "cpu" else 8192
     a = torch.randn(size, size, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
-    best = float("inf")
-    for _ in range(5):
-        synchronise(cfg)
-        start = time.perf_counter()
-        a @ a
-        synchronise(cfg)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
+    return 2 * size**3 / min(seconds_of((a @ a for _ in range(5)), cfg, 5)) / 1e12
 
 
 def seconds_of(parts, cfg: Config, count: int, then=lambda x: x) -> list[float]:
@@ -81,15 +71,10 @@ def seconds_of(parts, cfg: Config, count: int, then=lambda x: x) -> list[float]:
 
 def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
     """A stream whose window is full, and the seconds to its first chunk."""
-    dtype = student.patch_embedding.weight.dtype
     text = torch.randn(1, cfg.text_length, cfg.text_width, device=cfg.device)
-    cache = RingCache(student, cfg, batch=1, dtype=dtype)
+    cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
     parts = stream(student, text, cfg, [rng_for(0)], cache=cache, call=how)
-    first = seconds_of(parts, cfg, 1)[0]
-    for _ in islice(parts, cfg.cached_chunks + 4):
-        pass
-    synchronise(cfg)
-    return parts, first
+    return parts, seconds_of(parts, cfg, cfg.cached_chunks + 5)[0]
 
 
 def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> dict[str, float]:
@@ -101,8 +86,7 @@ def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> d
     fresh, _ = start_stream(student, cfg, how)
     ratios = []
     for i in range(flags.chunks):
-        turns = (parts, fresh) if i % 2 else (fresh, parts)
-        seconds = {each: seconds_of(each, cfg, 1)[0] for each in turns}
+        seconds = {each: seconds_of(each, cfg, 1)[0] for each in (parts, fresh)[:: 1 if i % 2 else -1]}
         ratios.append(seconds[parts] / seconds[fresh])
     return {"late : early": float(torch.tensor(ratios).quantile(0.5)), "late grown MiB": grown}
 
@@ -115,15 +99,13 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
     parts, first = start_stream(student, cfg, how())
     warm = time.perf_counter() - start
-    diffusion = torch.tensor(seconds_of(parts, cfg, flags.chunks), dtype=torch.float64)
-    frames = cfg.chunk * cfg.time_stride
+    seconds, frames = torch.tensor(seconds_of(parts, cfg, flags.chunks)), cfg.chunk * cfg.time_stride
     row = {"mode": name, "first chunk ms": 1e3 * first, "warm-up s": warm}
-    row |= spread("diffusion", diffusion, frames)
+    row |= spread("diffusion", seconds, frames)
     if codec is not None:
-        decoded = seconds_of(parts, cfg, flags.chunks, codec.decode)
-        row |= spread("decoded", torch.tensor(decoded, dtype=torch.float64), frames)
-    row["missed %"] = 100 * float((diffusion > frames / flags.fps).double().mean())
-    row["TFLOP/s"] = flops / float(diffusion.quantile(0.5)) / 1e12
+        row |= spread("decoded", torch.tensor(seconds_of(parts, cfg, flags.chunks, codec.decode)), frames)
+    row["missed %"] = 100 * float((seconds > frames / flags.fps).float().mean())
+    row["TFLOP/s"] = flops / float(seconds.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
     row["peak MiB"] = peak_memory(cfg)
     if flags.long:
@@ -157,40 +139,35 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
         modes["compiled"] = compiled(student.run, cfg.device)
     with torch.inference_mode():
         flops, peak = count_flops(start_stream(student, cfg, directly)[0]), matmul_peak(cfg)
-        rows = []
-        for mode, student.run in modes.items():
-            rows.append(measure_mode(mode, student, codec, cfg, flags, flops, peak))
-        return rows
+        given = student, codec, cfg, flags, flops, peak
+        return [measure_mode(mode, *given) for mode, student.run in modes.items()]
 
 
 def reading(cfg: Config, flags: Flags) -> list[dict]:
     """Windows of clips, each decoded when it is asked for, by this process alone → rows."""
     start, source, rows = time.perf_counter(), source_of(cfg), []
     opened = time.perf_counter() - start
-    if isinstance(source, PromptFile):
-        raise BadInput(f"--data={cfg.data} is a file of prompts; allowed here: a folder of clips")
     for mode in ("read", "read again"):
         start = time.perf_counter()
         for i in range(flags.chunks):
             source.draw([("bench", i)])
         speed = flags.chunks / (time.perf_counter() - start)
-        rows.append({"mode": mode, "opened s": opened, "clips/s": speed})
-        rows[-1]["peak MiB"] = largest_process("RUSAGE_SELF")
+        peak = largest_process("RUSAGE_SELF")
+        rows.append({"mode": mode, "opened s": opened, "clips/s": speed, "peak MiB": peak})
     return rows
 
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     cfg = build(preset, typed)
-    if min(flags.chunks, flags.fps) < 1 or flags.long < 0:
-        given = f"chunks={flags.chunks} fps={flags.fps} long={flags.long}"
-        raise BadInput(f"{given} is not possible; allowed: from 1, --long from 0")
+    if min(flags.chunks, flags.fps) < 1:
+        raise BadInput(f"chunks={flags.chunks} fps={flags.fps} is not possible; allowed: 1 or more")
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
     rows = reading(cfg, flags) if cfg.data else sampling(cfg, flags)
     passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")
-    where = f"CPU, {torch.get_num_threads()} threads" if cfg.device == "cpu" else cfg.device
-    where = torch.cuda.get_device_name() if cfg.device == "cuda" else where
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if cfg.device == "cuda" else {"cpu": cpu}.get(cfg.device, cfg.device)
     facts = {
         "preset": cfg.preset, "device": where, "torch": torch.__version__, "bf16": cfg.bf16,
         "seed": cfg.seed, "frames per chunk": cfg.chunk * cfg.time_stride, "passes per chunk": passes,

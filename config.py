@@ -7,6 +7,7 @@ import argparse
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -84,7 +85,6 @@ class Config:
     released_patch_order: bool = False  # scramble the spatial map as the released code does
     released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
-    tilt: float = 0.0  # ours: the critic learns the student's clips weighted by exp(-tilt * reward)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
     steps: int = 30  # student updates of every method; published: 200; 120 for Self and Reward Forcing
@@ -120,7 +120,8 @@ class Config:
             if get_origin(f.type) is Literal:
                 check(f.name, value in get_args(f.type), " | ".join(get_args(f.type)))
             elif f.type in (int, float):
-                check(f.name, value > 0 or value == 0 and zero, "a positive number" + " or zero" * zero)
+                fine = 0 < value < math.inf or value == 0 and zero
+                check(f.name, fine, "a positive number" + " or zero" * zero)
         cell = self.stride * self.patch
         check("height", self.height % cell == 0, f"a multiple of {cell} (stride x patch)")
         check("width", self.width % cell == 0, f"a multiple of {cell} (stride x patch)")
@@ -142,8 +143,6 @@ class Config:
         own = self.taper in ("5432", "432") and grid != Config.denoise
         check("denoise", not own, f"none with taper={self.taper}, which has noise levels of its own")
         check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
-        alone = self.batch == self.accumulate and self.tilt > 0
-        check("accumulate", not alone, "less than batch with --tilt, which compares clips")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
         enough = bool(self.data) or self.text_length > 4 * self.objects
@@ -157,7 +156,7 @@ class Config:
     @property
     def weighted(self) -> bool:
         """Whether a reward takes part."""
-        return bool(self.beta or self.space or self.time or self.tilt)
+        return bool(self.beta or self.space or self.time)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -200,7 +199,7 @@ class Config:
 
 _MAY_BE_ZERO = (
     "codec_noise codec_straight window sink sink_decay context_t beta balance_strength "
-    "threads floor_space floor_time motion tilt seed beta1 beta2 ema t_min critic_warmup"
+    "threads floor_space floor_time motion seed beta1 beta2 ema t_min critic_warmup"
 ).split()
 
 
@@ -228,21 +227,7 @@ METHODS: dict[str, dict] = {
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=4.0),
     "first_chunk_more": dict(_PLAIN, taper="first"),
-    "tilted": dict(_PLAIN, tilt=6.0),
 }
-
-
-def _parse(kind: type) -> Callable[[str], object]:
-    """A converter from a command-line word to a field's type."""
-    if get_origin(kind) is not tuple:
-        return str if get_origin(kind) is Literal else kind
-    item = get_args(kind)[0]
-
-    def comma_separated(word: str) -> tuple:
-        return tuple(item(w) for w in word.split(",") if w)
-
-    comma_separated.__name__ = f"comma-separated {item.__name__}"
-    return comma_separated
 
 
 class _Parser(argparse.ArgumentParser):
@@ -251,13 +236,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_field(parser: argparse.ArgumentParser, f) -> None:
-    flag = "--" + f.name
-    if f.type is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction)
-    elif get_origin(f.type) is list:
-        parser.add_argument(flag, action="append", type=get_args(f.type)[0])
-    else:
-        parser.add_argument(flag, type=_parse(f.type))
+    kind, parts, how = get_origin(f.type) or f.type, get_args(f.type), {"type": f.type}
+
+    def comma_separated(word: str) -> tuple:
+        return tuple(parts[0](w) for w in word.split(",") if w)
+
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif kind is Literal:
+        how = {}
+    elif kind is list:
+        how = {"action": "append", "type": parts[0]}
+    elif kind is tuple:
+        comma_separated.__name__ = f"comma-separated {parts[0].__name__}"
+        how = {"type": comma_separated}
+    parser.add_argument(f"--{f.name}", **how)
 
 
 def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
@@ -293,6 +286,9 @@ def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str,
         raise BadInput(f"unknown argument {unknown[0]}; {hint}")
     ours = {k: v for k, v in typed.items() if k in own}
     theirs = {k: v for k, v in typed.items() if k in shared}
+    for name, value in ours.items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise BadInput(f"{name}={value} is not possible; allowed: 0 or more")
     made, saved = saved_settings(path) if path else (asked or "tiny", {})
     if asked not in ("", made):
         raise BadInput(f"--config={path} is of preset {made!r}, asked for was {asked!r}")
@@ -324,8 +320,7 @@ def options(values) -> dict[str, tuple[str, str]]:
         value, choices = vars(values)[f.name], METHODS if f.name == "method" else ()
         choices = get_args(f.type) if get_origin(f.type) is Literal else choices
         flag = f"--[no-]{f.name}" if f.type is bool else f"--{f.name}={_TYPED.get(f.type, 'WORD')}"
-        if f.type is bool:
-            value = "on" if value else "off"
+        value = ("off", "on")[value] if f.type is bool else value
         shown = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
         about = [" | ".join(choices)] * bool(choices) + [f"default {shown}"] * bool(shown)
         found[f.name] = group, f"  {flag:<26} {note}" + f" [{'; '.join(about)}]" * bool(about)
@@ -378,6 +373,7 @@ def from_words(text: str, typed: dict | None = None) -> Config:
 
 def cli(main: Callable[[], None]) -> None:
     """Call a script's main; bad input ends it with one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # an arrow where a terminal or a file knows none
     try:
         main()
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""What the models learn from, behind one interface: the world, a folder of clips, a file of prompts.
+"""What the models learn from, behind one interface: the world, or a folder of clips.
 
 A clip's frame k is what is on the screen k / fps seconds after its beginning, whatever rate it was made at.
 Pillow reads pictures and animations, all else the ffmpeg program that imageio brings: a process of its own,
@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import unicodedata
 import warnings
 from collections import OrderedDict
@@ -31,8 +30,9 @@ from tqdm import tqdm
 from config import BadInput, Config
 from engine.checkpoint import write_atomically
 from engine.rng import pick, rng_for
+from engine.sheet import ffmpeg
 from world.scene import Batch, World
-from world.words import check_words, parse, split_words
+from world.words import free_words
 
 READABLE = "mp4, mov, mkv, webm, avi, gif, webp, png, jpeg, tiff, avif"
 SLACK = 0.001  # seconds: files round the times of their frames to milliseconds
@@ -50,25 +50,10 @@ class Clip(NamedTuple):
         return max(1, math.ceil((self.seconds - SLACK) * cfg.fps))
 
 
-def ffmpeg(*words: str) -> tuple[bytes, str]:
-    """Run it → what it writes, and its complaints. Raises BadInput if there is none."""
-    import imageio_ffmpeg  # only clips need it, and not every machine has it
-
-    try:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *words]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
-    except (RuntimeError, OSError) as error:
-        cure = "pip install imageio[ffmpeg], or name one in IMAGEIO_FFMPEG_EXE"
-        raise BadInput(f"there is no ffmpeg program to read clips with: {cure}") from error
-    except subprocess.TimeoutExpired:
-        return b"", "it takes more than ten minutes"
-    return done.stdout, done.stderr.decode("utf-8", "replace")
-
-
 def unreadable(path: Path, reason: str) -> BadInput:
     reason = reason.strip().partition("\n")[0].rpartition("] ")[2] or "it holds no frame"
-    reason = "it holds no moving picture" if "matches no streams" in reason else reason
-    reason = reason if path.exists() else "no such file"
+    if not path.exists() or "matches no streams" in reason:
+        reason = "it holds no moving picture" if path.exists() else "no such file"
     return BadInput(f"clip {path} cannot be read: {reason}; what can be: {READABLE}")
 
 
@@ -96,10 +81,11 @@ def probe(path: Path) -> Clip:
     return Clip(path, float(start * unit[0]), seconds)
 
 
-def read_clip(path: Path, cfg: Config) -> Tensor:
-    """A clip or a picture → bytes (F 3 H W) at cfg.fps, cut around the centre. Raises BadInput."""
-    clip = probe(Path(path))
-    return decode(clip, cfg, 0, clip.frames(cfg))
+def read_clip(path: Path, cfg: Config, most: int = 2**62) -> Tensor:
+    """The last frames of a clip, or a picture → bytes (F 3 H W) at cfg.fps. Raises BadInput."""
+    clip = probe(path)
+    count = min(most, clip.frames(cfg))
+    return decode(clip, cfg, clip.frames(cfg) - count, count)
 
 
 def decode(clip: Clip, cfg: Config, first: int, count: int) -> Tensor:
@@ -187,20 +173,19 @@ class ClipFolder:
         index = _index(Path(folder), [name for name, _ in rows])
         for name, text in rows:
             clip = index[name]
+            if isinstance(clip, Clip) and (has := clip.frames(cfg)) < need:
+                clip = f"{name} has {has} frames at {cfg.fps} a second, {need} are needed"
             if isinstance(clip, str):
                 warnings.warn(f"left out: {clip}", stacklevel=2)
-            elif (has := clip.frames(cfg)) < need:
-                short = f"{name} has {has} frames at {cfg.fps} a second, {need} are needed"
-                warnings.warn(f"left out: {short}", stacklevel=2)
             else:
                 self.clips.append((clip, text))
         if not self.clips:
             raise BadInput(f"--data={folder} holds no usable clip of at least {need} frames")
-        longest = max(len(free_words(text)) for _, text in self.clips)
-        if longest > cfg.text_length:
+        captions = [free_words(text) for _, text in self.clips]
+        if (longest := max(map(len, captions))) > cfg.text_length:
             cut = f"captions have up to {longest} words; --text_length={cfg.text_length} keeps the first"
             warnings.warn(cut, stacklevel=2)
-        self.vocabulary = sorted({word for _, text in self.clips for word in free_words(text)})
+        self.vocabulary = sorted({word for words in captions for word in words})
         facts = json.dumps([(clip.path.name, clip.start, clip.seconds, text) for clip, text in self.clips])
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:12]  # a resumed run needs the same
 
@@ -272,7 +257,7 @@ def _index(folder: Path, names: list[str]) -> dict[str, Clip | str]:
         found = dict(zip(names, looked, strict=True))
     fresh = {name: facts for name, (facts, _) in found.items() if facts}
     if fresh != known:
-        with suppress(OSError):
+        with suppress(BadInput):
             write_atomically(file, lambda name: name.write_text(json.dumps(fresh, indent=0)))
     return {name: clip for name, (_, clip) in found.items()}
 
@@ -328,44 +313,11 @@ def read_text(path: Path) -> str:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
 
 
-# -- a file of prompts, and all three ----------------------------------------
-class PromptFile:
-    """Prompts alone, one a line: what distilling Wan needs. A caption is one "word", the whole prompt."""
-
-    vocabulary = ()
-
-    def __init__(self, path: str):
-        lines = read_text(Path(path)).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        self.prompts = [line.strip() for line in lines if line.strip()]
-        if not self.prompts:
-            raise BadInput(f"--data={path} holds no prompt; expected is one a line")
-
-    def captions(self, keys: list[tuple]) -> list[list[str]]:
-        return [[self.prompts[pick(rng_for("prompt", *key), len(self.prompts))]] for key in keys]
-
-
-def free_words(text: str) -> list[str]:
-    """A caption in nobody's vocabulary → its words in order."""
-    return split_words(text, "_'")
-
-
-def source_of(cfg: Config, split: str = "train", drop_words: float = 0.0) -> World | ClipFolder | PromptFile:
-    """The world, or what cfg.data names: a folder of clips, a file of prompts. Raises BadInput."""
-    if cfg.data and not Path(cfg.data).exists():
-        raise BadInput(f"--data={cfg.data}: there is no such folder of clips or file of prompts")
-    if Path(cfg.data).is_file():
-        return PromptFile(cfg.data)
-    return ClipFolder(cfg, cfg.data) if cfg.data else World(cfg, split, drop_words)
-
-
-def understand(prompt: str, cfg: Config, vocabulary: list[str]) -> list[str]:
-    """A person's prompt → words for `tokenize`; `vocabulary` is a clip folder's. Raises BadInput."""
+def source_of(cfg: Config, split: str = "train", drop_words: float = 0.0) -> World | ClipFolder:
+    """The world, or the folder of clips that cfg.data names. Raises BadInput."""
     if not cfg.data:
-        return parse(prompt, cfg.objects)
-    words = free_words(prompt)
-    if not words:
-        raise BadInput("the prompt is empty")
-    if len(words) > cfg.text_length:
-        raise BadInput(f"the prompt has {len(words)} words; this model reads at most {cfg.text_length}")
-    check_words(words, vocabulary)
-    return words
+        return World(cfg, split, drop_words)
+    if not Path(cfg.data).is_dir():
+        what = "is a file, such as of prompts for --wan" if Path(cfg.data).exists() else "is not there"
+        raise BadInput(f"--data={cfg.data} {what}; allowed here: a folder of clips")
+    return ClipFolder(cfg, cfg.data)

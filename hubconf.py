@@ -15,7 +15,7 @@ from engine.graphs import CudaGraphs
 from rollout import directly
 from sample import Flags, decoded, open_networks
 
-dependencies = ["torch", "numpy", "einops", "imageio", "safetensors", "tqdm"]
+dependencies = ["torch", "numpy", "einops", "filelock", "imageio", "safetensors", "tqdm"]
 
 
 def student(preset: str = "tiny", path: str = "", device: str = "auto"):

@@ -48,12 +48,11 @@ def own_networks(cfg: Config, nets: Path, start: str) -> Networks:
 
     codec, teacher = (made(kind).requires_grad_(False) for kind in ("codec", "teacher"))
     student, critic = made("causal", start), made("teacher")
+    pair = student, copy.deepcopy(student)
     reward = made("reward").requires_grad_(False) if cfg.weighted else None
     read = partial(tokenize, length=cfg.text_length, width=cfg.text_width)
     null = torch.zeros(1, cfg.text_length, cfg.text_width, device=cfg.device)
-    return Networks(
-        origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null, str(nets)
-    )
+    return Networks(origin, codec, teacher, *pair, critic, reward, read, null, str(nets))
 
 
 def load_net(path: Path, cfg: Config, kind: str) -> nn.Module:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from codec import Codec
 from config import BadInput, Config, cli, from_cli
-from data import PromptFile, source_of
+from data import source_of
 from engine import checkpoint
 from engine.learn import Stage, learn
 from engine.processes import pick_device
@@ -93,7 +93,8 @@ def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Mo
     def loss_of(net, averaged, step, drawn, noise):
         return net.train().loss(source.pixels(drawn, cfg.device), noise)
 
-    return learn(stage, net.to(cfg.device), draw, loss_of, cfg, flags)
+    net = net.to(cfg.device)
+    return learn(stage, net, adam_and_muon(net, stage.lr, cfg.bf16), draw, loss_of, cfg, flags)
 
 
 def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, codec, cfg, flags, gaps=False):
@@ -121,7 +122,8 @@ def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, c
             x = codec.encode(source.pixels(drawn, cfg.device)).float()
         return loss_of(net, averaged, x, *given)
 
-    return learn(stage, net, draw, loss, cfg, flags, net.blocks)
+    opts = adam_and_muon(net, stage.lr, cfg.bf16, net.blocks)
+    return learn(stage, net, opts, draw, loss, cfg, flags, net.blocks)
 
 
 def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
@@ -215,7 +217,8 @@ def train_reward(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.M
         video01 = torch.cat([good, *bad, rivals[0][pick].to(cfg.device)])
         return bradley_terry(net, video01, text, rivals[1][pick].to(cfg.device))
 
-    return learn(stage, RewardModel(cfg).to(cfg.device), draw, loss_of, cfg, flags)
+    net = RewardModel(cfg).to(cfg.device)
+    return learn(stage, net, adam_and_muon(net, stage.lr, cfg.bf16), draw, loss_of, cfg, flags)
 
 
 @torch.no_grad()
@@ -246,14 +249,13 @@ def report_reward(net: RewardModel, cfg: Config, codec, flags: Flags, count: int
     good, (looks, motion), captions = pairs(long01, batch.words, rngs, bool(cfg.data))
     text = [tokenize(c, cfg.text_length, cfg.text_width).to(cfg.device) for c in captions]
     net.mean.zero_(), net.std.fill_(1)
-    held = [(good, text[0]), (looks, text[0]), (motion, text[0]), (good, text[1])]
-    scores = torch.cat([net(v.to(cfg.device), t) for v, t in held])
+    clips = zip((good, looks, motion, good), (text[0], text[0], text[0], text[1]), strict=True)
+    scores = torch.cat([net(v.to(cfg.device), t) for v, t in clips])
     net.mean.copy_(scores.mean(0)), net.std.copy_(scores.std(0))
     best, *damaged = scores.split(count)
     pairs_won = torch.stack([(best[:, i] > bad[:, i]).float().mean() for i, bad in enumerate(damaged)])
     rival01, rival_text = rival_clips(cfg, codec, source_of(cfg, "select"), flags, 64)
-    rival = net(rival01.to(cfg.device), rival_text)
-    rivals_won = (best[:, None] > rival).float().mean((0, 1))
+    rivals_won = (best[:, None] > net(rival01.to(cfg.device), rival_text)).float().mean((0, 1))
     facts = {"pair accuracy": pairs_won, "real above models' clips": rivals_won}
     return {what: _per_axis(won, ".3f") for what, won in facts.items()}
 
@@ -275,10 +277,8 @@ def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> No
         motion = torch.stack([worse_motion(x, rng_for("show", i)) for i, x in enumerate(batch.video01)])
         clips = {"": good, "worse looks: ": looks, "worse motion: ": motion}
         scores = {k: net(v.to(cfg.device), text.to(cfg.device)) for k, v in clips.items()}
-        rows = []
-        for i, prompt in enumerate(batch.prompts):
-            for kind, video in clips.items():
-                rows.append((f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}", video[i]))
+        rows = [(f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}", video[i])
+                for i, prompt in enumerate(batch.prompts) for kind, video in clips.items()]  # fmt: skip
     else:
         sampler = sample_teacher if name == "teacher" else rollout
         x = sampler(net, text.to(cfg.device), cfg, [rng_for("show", i) for i in range(6)])
@@ -286,10 +286,58 @@ def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> No
     contact_sheet(out / f"{name}.png", rows)
 
 
-TRAINERS = {
-    "codec": train_codec, "teacher": train_teacher, "causal": train_causal, "consistency": train_consistency,
-    "reward": train_reward,
-}  # fmt: skip
+# -- optimizers ----------------------------------------
+class Muon(torch.optim.Muon):
+    """The same update and the same state. torch's own launches two dozen kernels a matrix and step, for all
+    matrices of the preset `small` nearly as many as its forward and backward pass. And it always computes in
+    bf16, far slower than fp32 on a CPU without bf16 products; here `bf16` decides."""
+
+    def __init__(self, params, bf16: bool, **how):
+        super().__init__(params, **how)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        shapes: dict[tuple, list] = {}
+        for p in group["params"]:
+            shapes.setdefault(tuple(p.shape), []).append(p)
+        for shape, params in shapes.items():
+            grads = [p.grad for p in params]
+            means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            ahead = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
+            how = group["ns_coefficients"], group["ns_steps"], group["eps"]
+            whole = orthogonal(ahead.to(self.dtype), *how)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            size = 0.2 * max(shape) ** 0.5  # match_rms_adamw: as large as AdamW's steps
+            torch._foreach_add_(params, list(whole.float().unbind()), alpha=-group["lr"] * size)
+
+
+def adam_and_muon(net: nn.Module, lr: float, bf16: bool, blocks=()) -> list:
+    """AdamW, but Muon for the matrices of `blocks`, which needs clearly fewer clips here (docs/log.md)."""
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in net.parameters() if id(p) not in taken]
+    adam = torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
+    how = dict(lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [adam, Muon(matrices, bf16, **how)] if matrices else [adam]
+
+
+def orthogonal(x: Tensor, coefficients: tuple, steps: int, eps: float) -> Tensor:
+    """Matrices (m rows columns) with singular values moved towards 1, by Newton and Schulz."""
+    (a, b, c), tall = coefficients, x.shape[1] > x.shape[2]
+    y = x.mT if tall else x
+    y = y / torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if tall else y
+
+
+# -- the stages, one after another ----------------------------------------
+_ALL = train_codec, train_teacher, train_causal, train_consistency, train_reward
+TRAINERS = dict(zip(STAGES, _ALL, strict=True))
 REPORTS = {"codec": report_codec, "reward": report_reward}
 NEEDED = ("codec", "teacher", "causal", "reward")  # what --stage=all makes
 
@@ -298,17 +346,14 @@ def main() -> None:
     cfg, flags = from_cli(flags=Flags, doc=__doc__)
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
-    for name in ("steps", "batch", "lr", "workers"):
-        if vars(flags)[name] < 0:
-            raise BadInput(f"{name}={vars(flags)[name]} is not possible; allowed: from 0")
     if flags.workers and sys.platform == "win32":
         raise BadInput(f"workers={flags.workers} is not possible on Windows; allowed: 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
+    if flags.resume:
+        checkpoint.can_resume(flags.out)
     out = checkpoint.writable_folder(flags.out)
     source = source_of(cfg, drop_words=0.1)
-    if isinstance(source, PromptFile):
-        raise BadInput(f"--data={cfg.data} is a file of prompts; networks are made from a folder of clips")
     stages = NEEDED if flags.stage == "all" else (flags.stage,)
     kind = checkpoint.read_header(flags.start)["kind"] if flags.start else ""
     if kind not in {"", "codec", "teacher"} & {"", *stages}:
@@ -320,11 +365,12 @@ def main() -> None:
         print(f"{name}: {stage.steps} steps of {stage.batch} clips{expect}", flush=True)
         start = time.perf_counter()
         codec = None if name == "codec" else made("codec", cfg, flags)
-        net = TRAINERS[name](cfg, stage, source, codec, flags)
+        with checkpoint.locked(f"{out}/{name}-state"):
+            net = TRAINERS[name](cfg, stage, source, codec, flags)
         minutes = (time.perf_counter() - start) / 60
-        facts = {"steps": stage.steps, "command": " ".join(sys.argv)}
-        facts["minutes"] = "unknown: resumed" if flags.resume else f"{minutes:.1f}"
-        facts["vocabulary"] = " ".join(source.vocabulary)
+        facts = {"steps": stage.steps, "command": " ".join(sys.argv),
+                 "minutes": "unknown: resumed" if flags.resume else f"{minutes:.1f}",
+                 "vocabulary": " ".join(source.vocabulary)}  # fmt: skip
         if name in REPORTS:
             measured = REPORTS[name](net, cfg, codec, flags)
             print(*(f"{what}: {value}" for what, value in measured.items()), sep="\n", flush=True)

@@ -147,20 +147,6 @@ def rollout_weight(r: Tensor, cfg: Config) -> Tensor:
     return (cfg.beta * r).exp()
 
 
-def tilt_weight(r: Tensor, tilt: float) -> Tensor:
-    """Rewards (b,) of the global batch → the critic's weights (b,) ∝ exp(-tilt r), mean 1 over finite ones,
-    nan for the others.
-
-    Ours. Weights on the student's gradient leave its fixed point where it was: wherever the scores of student
-    and teacher agree, the gradient vanishes, whatever it is multiplied by. A critic that learns the student's
-    clips with these weights learns the score of p_student exp(-tilt r) instead. Where that equals the
-    teacher's, p_student ∝ p_teacher exp(tilt r): where exp(reward) weighting is meant to lead. That is for a
-    student that can get there and for large batches: in one of n no weight exceeds n, so the tilt is milder.
-    """
-    sane = r.isfinite()
-    return torch.where(sane, sane.sum() * (-tilt * r).masked_fill(~sane, -torch.inf).softmax(0), torch.nan)
-
-
 def effective_share(w: Tensor) -> float:
     """(Σw)² / (n Σw²) in (0, 1]: the effective share of a batch; 1/n = one rollout drives the step."""
     return float(w.sum().square() / (len(w) * w.square().sum()))

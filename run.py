@@ -1,20 +1,23 @@
 """A training run: what it holds, how it starts, is looked at, saved and ended. Its steps are in train.py."""
 
 import json
+import math
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from config import ROOT, BadInput, Config
-from data import ClipFolder, PromptFile, source_of
+from data import ClipFolder, source_of
 from engine import checkpoint, processes
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
-from engine.track import Track
 from networks import Networks, load_net, own_networks
 from reward import AXES, Balancer
 from rollout import rollout
@@ -26,6 +29,64 @@ from world.words import caption
 FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads")
 
 
+# -- what it shows of itself ----------------------------------------
+def read_metrics(folder: Path) -> list[dict]:
+    """What a run has logged, a dict a step; of a last line that a kill has cut short nothing."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def as_json(row: dict[str, float]) -> str:
+    """A line of metrics.jsonl. JSON knows no NaN and no Infinity: they become null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
+
+
+class Track:
+    """Numbers and contact sheets of a run, from the first process. step: where it begins; what an interrupted
+    run noted after that is left out. Raises BadInput without the package."""
+
+    def __init__(self, tool: str, folder: Path, settings: dict, step: int):
+        self.path, self.tool = folder / "metrics.jsonl", tool
+        if tool not in ("none", "tensorboard", "wandb"):
+            raise BadInput(f"track={tool} is not possible; allowed: none | tensorboard | wandb")
+        try:
+            if tool == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter  # optional, as wandb is: the extra `track`
+
+                self.to = SummaryWriter(str(folder / tool), purge_step=step + 1 if step else None)
+            elif tool == "wandb":
+                import wandb
+
+                how = {"name": folder.name, "dir": str(folder), "config": settings}
+                self.to, self.picture = wandb.init(project="stream-r1", **how), wandb.Image
+        except ImportError as error:
+            raise BadInput(f"--track={tool} needs what is not installed: pip install {tool}") from error
+        kept = "".join(as_json(row) for row in read_metrics(folder) if row["step"] <= step)
+        checkpoint.write_atomically(self.path, lambda name: name.write_text(kept))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(as_json({"step": step} | values))
+        if self.tool == "tensorboard":
+            for name, value in values.items():
+                self.to.add_scalar(name, value, step)
+            self.to.flush()
+        elif self.tool == "wandb":
+            self.to.log(values, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        if self.tool == "tensorboard":
+            self.to.add_image(name, np.array(Image.open(path)), step, dataformats="HWC")
+        elif self.tool == "wandb":
+            self.to.log({name: self.picture(str(path))}, step=step)
+
+    def close(self) -> None:
+        if self.tool != "none":
+            self.to.close() if self.tool == "tensorboard" else self.to.finish()
+
+
 @dataclass(kw_only=True)
 class Run(Networks):
     """What a training run holds. Only student, critic, their optimizers, the average, balancer, step and best
@@ -35,32 +96,35 @@ class Run(Networks):
     out: Path
     rank: int
     world: int
-    source: World | ClipFolder | PromptFile
+    source: World | ClipFolder  # or wan.networks.PromptFile
     student_opt: torch.optim.Optimizer
     critic_opt: torch.optim.Optimizer
     balancer: Balancer
     track: Track | None  # of the first process
     step: int = 0
-    best: float = -1.0
+    best: float = -math.inf  # held-out score of the student that is kept
+    start: float = math.nan  # of the first student
     bad: int = 0
 
 
 # -- starting, saving, ending ----------------------------------------
 def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
     """Load the networks, or the run that is to be resumed. flags: train.py's. Raises BadInput."""
-    out, source = checkpoint.writable_folder(flags.out), source_of(cfg)
+    out = checkpoint.writable_folder(flags.out)
     state = checkpoint.load_state(out, cfg, FREE, flags.resume)
-    if len({bool(flags.wan), isinstance(source, PromptFile), cfg.time_stride > 1}) > 1:
+    if bool(flags.wan) != (cfg.time_stride > 1) or flags.wan and not cfg.data:
         raise BadInput("the preset wan-1.3b, --wan=FOLDER and --data=FILE (prompts, one a line) go together")
     if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
         raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
     if state and state["step"] > cfg.steps:
         raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
     if flags.wan:
-        from wan.networks import wan_networks  # diffusers and transformers take seconds
+        from wan.networks import PromptFile, wan_networks  # diffusers and transformers take seconds
 
+        source = PromptFile(cfg.data)
         nets = wan_networks(cfg, source.prompts, flags)
     else:
+        source = source_of(cfg)
         nets = own_networks(cfg, Path(flags.nets or ROOT / "assets" / cfg.preset), flags.start)
     if isinstance(source, ClipFolder):
         nets.origin["clips"] = source.fingerprint
@@ -83,6 +147,7 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
         restore(run, state)
     if rank == 0:
         facts = {"torch": torch.__version__, "world": world, "origin": run.origin}
+        facts["flags"] = {k: v for k, v in vars(flags).items() if k not in ("out", "resume")}
         text = json.dumps(asdict(cfg) | facts, indent=1)
         checkpoint.write_atomically(out / "config.json", lambda name: name.write_text(text))
     return run
@@ -91,18 +156,12 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
 NETS, STATE = ("student", "critic", "ema"), ("student_opt", "critic_opt", "balancer")
 
 
-def parts(run: Run) -> tuple[dict, dict]:
-    """What wan.shards saves: networks, and optimizers with what they move."""
-    opts = {"student_opt": (run.student, run.student_opt), "critic_opt": (run.critic, run.critic_opt)}
-    return {name: getattr(run, name) for name in NETS}, opts
-
-
 def save(run: Run) -> None:
-    facts = {"config": asdict(run.cfg), "best": run.best, "origin": run.origin}
+    facts = {"config": asdict(run.cfg), "best": run.best, "start": run.start, "origin": run.origin}
     if run.cfg.shard:
         from wan.shards import save_shards
 
-        save_shards(run.out, run.step, *parts(run), facts | {"balancer": run.balancer.state_dict()})
+        save_shards(run, NETS, facts)
     elif run.rank == 0:
         state = {name: getattr(run, name).state_dict() for name in (*NETS, *STATE)}
         checkpoint.save_state(run.out, run.step, state | facts)
@@ -112,29 +171,54 @@ def restore(run: Run, state: dict) -> None:
     if "shards" in state:
         from wan.shards import load_shards
 
-        load_shards(state["shards"], *parts(run))
-        run.balancer.load_state_dict(state["balancer"])
+        load_shards(run, NETS, state)
     else:
-        for name in (*NETS, *STATE):
-            getattr(run, name).load_state_dict(state[name])
-    run.step, run.best = state["step"], state["best"]
+        with checkpoint.readable(run.out):
+            for name in (*NETS, *STATE):
+                getattr(run, name).load_state_dict(state[name])
+    run.step, run.best, run.start = state["step"], state["best"], state.get("start", math.nan)
 
 
-def finish(run: Run) -> None:
-    if run.rank == 0 and run.step < run.cfg.steps:
+def finish(run: Run, signals: list[int]) -> None:
+    """signals: that have stopped this process; a stopped run ends with 128 + the first one."""
+    stopped, student = run.step < run.cfg.steps, run.out / "student.safetensors"
+    if not stopped and processes.any_of(not student.exists(), run.cfg.device):
+        run.best = -math.inf  # the best one is lost; the state holds the last one's average
+        select(run)
+    if run.rank == 0 and stopped:
         after = "; the traceback below is torchrun's" * torch.distributed.is_torchelastic_launched()
-        print(f"stopped after step {run.step}; --resume goes on from there{after}", flush=True)
+        there = "--resume goes on from there" if run.step else "nothing is saved before the first"
+        print(f"stopped after step {run.step}; {there}{after}", flush=True)
     elif run.rank == 0:
-        path = run.out / "student.safetensors"
-        sheet(run, "after", load_net(path, run.cfg, "student"))
-        scored = f" (held-out score {run.best:.3f})" if run.best > -1 else ""
-        print(f"student {path}{scored}; {run.out}/before.png and after.png show the change", flush=True)
+        sheet(run, "after", load_net(student, run.cfg, "student"))
+        gain, score = run.best - run.start, f" (held-out score {run.best:.3f}" * (not run.cfg.data)
+        if score:
+            than = f", {abs(gain):.3f} {'worse' if gain < 0 else 'better'} than its start"
+            score += than * math.isfinite(gain) + ")"
+        print(f"student {student}{score}; {run.out}/before.png and after.png show the change")
         if run.folder:
             prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
-            print(f'next: python sample.py {run.cfg.preset} --student={path} --prompt "{prompt}"', flush=True)
+            print(f'next: python sample.py {run.cfg.preset} --student={student} --prompt "{prompt}"')
     if run.track:
         run.track.close()
     processes.stop()
+    if stopped:
+        sys.exit(128 + next(iter(signals), signal.SIGTERM))
+
+
+def stop_if_broken(run: Run, stats: dict[str, float]) -> None:
+    """Single non-finite samples are dropped and counted; max_bad steps in a row with some end the run. At
+    once do weights that are not finite: they are neither shown nor saved."""
+    finite = math.isfinite(stats["grad_norm"] + stats["critic_grad_norm"])
+    run.bad = run.bad + 1 if stats["dropped"] or not finite else 0
+    nets = {name: list(getattr(run, name).parameters()) for name in NETS}
+    nets = {name: [p.to_local() if processes.is_share(p) else p for p in own] for name, own in nets.items()}
+    broken = [k for k, own in nets.items() if not torch.stack(torch._foreach_norm(own)).isfinite().all()]
+    what = f"{run.bad} steps in a row had non-finite samples" * (run.bad >= run.cfg.max_bad)
+    if processes.any_of(bool(broken), run.cfg.device):
+        what = f"weights ({' '.join(broken) or 'of another process'}) are not finite"
+    if what:
+        sys.exit(f"{what}, stopped in step {run.step}; the last checkpoint in {run.out} is intact")
 
 
 # -- looking at it ----------------------------------------
@@ -150,26 +234,30 @@ def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, 
     return video01.float().cpu(), [" ".join(w) if cfg.data else caption(w) for w in words]
 
 
-def select(run: Run) -> dict[str, float]:
-    """Measure the averaged student on held-out prompts after a rollout of full horizon; keep the best.
-
-    Few-step students are easily over-trained. Of real clips nobody knows the truth: there the newest student
-    is kept.
-    """
-    if run.rank and not run.cfg.shard:
-        return {}
-    stats, score = {}, run.best
-    if not run.cfg.data:
-        scores = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
-        stats = {f"held_out_{k}": float(scores[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
-        score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
-        score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
+def held_out(run: Run) -> tuple[dict[str, float], float]:
+    """Measures of the averaged student on held-out prompts after a rollout of full horizon, and a score of
+    them. Of real clips nobody knows the truth: no measures and, as for what cannot be measured, -inf."""
+    if run.cfg.data:
+        return {}, -math.inf
+    found = measure(*imagine(run, run.ema, run.cfg.eval_clips, run.cfg.chunks * run.cfg.horizon))
+    stats = {f"held_out_{k}": float(found[k].nanmean()) for k in (*ACCURACIES, "jitter", "sharpness")}
+    score = sum(stats[f"held_out_{k}"] for k in ACCURACIES) / len(ACCURACIES)
+    score -= stats["held_out_jitter"] / 20  # students that are trained for too long begin to tremble
     if run.cfg.shard:  # all processes come to one decision
         score = processes.mean({"score": score}, run.cfg.device)["score"]
-    if score >= run.best:
+    return stats, -math.inf if math.isnan(score) else score
+
+
+def select(run: Run) -> dict[str, float]:
+    """Measure the averaged student; keep the best, of real clips the newest. Few-step students are easily
+    over-trained."""
+    if run.rank and not run.cfg.shard:
+        return {}
+    stats, score = held_out(run)
+    if score >= run.best or run.cfg.data:
         run.best = score
-        facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()}}
-        facts["vocabulary"] = " ".join(run.source.vocabulary)
+        facts = {"step": run.step, "command": " ".join(sys.argv), **{k: f"{v:.3f}" for k, v in stats.items()},
+                 "vocabulary": " ".join(run.source.vocabulary)}  # fmt: skip
         if run.folder:  # where sample.py finds the codec
             facts["nets"] = relative(Path(run.folder), run.out)
         checkpoint.save_weights(run.out / "student.safetensors", run.ema, run.cfg, "student", **facts)
@@ -190,10 +278,9 @@ def sheet(run: Run, name: str, net: nn.Module) -> None:
     clips = min(6, run.cfg.batch // (run.world * run.cfg.accumulate))
     video01, prompts = imagine(run, net, clips, run.cfg.chunks)
     if run.rank == 0:
-        many = video01.shape[1] > 32
-        how = dict(scale=1, every=video01.shape[1] // 8) if many else {}
-        contact_sheet(run.out / f"{name}.png", zip(prompts, video01, strict=True), **how)
-        run.track.image(run.step, name, run.out / f"{name}.png")
+        how = dict(scale=1, every=video01.shape[1] // 8) if video01.shape[1] > 32 else {}
+        path = contact_sheet(run.out / f"{name}.png", zip(prompts, video01, strict=True), **how)
+        run.track.image(run.step, name, path)
 
 
 def log(run: Run, stats: dict, bar) -> None:

@@ -14,6 +14,7 @@ the meaning changes.
 from engine import openmp  # isort: skip  (before torch loads)
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from codec import Codec
 from config import ROOT, BadInput, Config, build, cli, from_words, read_cli
-from data import read_clip, understand
+from data import read_clip
 from engine.checkpoint import read_header, write_atomically
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
@@ -35,7 +36,7 @@ from engine.sheet import contact_sheet, to_uint8, video_path, write_video
 from model import RingCache
 from networks import load_net
 from rollout import directly, stream
-from world.words import left_open, tokenize
+from world.words import left_open, tokenize, understand
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Flags:
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = video_path(flags.out)
+    if flags.init and out.resolve() == Path(flags.init).resolve():
+        raise BadInput(f"--out={out} would replace --init; name another file")
     if flags.frames < 1:
         raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
     cfg, student, codec, read = open_networks(preset, typed, flags)
@@ -70,6 +73,7 @@ def main() -> None:
         student.run = compiled(student.run, cfg.device)
     call = CudaGraphs() if flags.graph and cfg.device == "cuda" else directly
     rows, seconds = stretches(plan, flags.frames), []
+    zoom = max(1, 256 // min(cfg.height, cfg.width))  # so that a person can see small videos
     kept = {i: torch.empty(0) for shown in rows.values() for i in shown}
     latents = 1 + math.ceil((flags.frames - 1) / cfg.time_stride)
 
@@ -83,14 +87,14 @@ def main() -> None:
             for frame in video01[: flags.frames - i]:
                 if i in kept:
                     kept[i] = frame
-                yield np.kron(to_uint8(frame).numpy(), np.ones((zoom(cfg), zoom(cfg), 1), np.uint8))
+                yield np.kron(to_uint8(frame).numpy(), np.ones((zoom, zoom, 1), np.uint8))
                 i += 1
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     sheet = [(caption, torch.stack([kept[i] for i in shown])) for caption, shown in rows.items()]
-    contact_sheet(out.with_suffix(".png"), sheet, scale=zoom(cfg) // 2 or 1)
+    shown = contact_sheet(out.with_suffix(".png"), sheet, scale=zoom // 2 or 1)
     how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
-    report(seconds, cfg, out, " in ".join(how) or "eager")
+    report(seconds, cfg, f"{out} and {shown}", " in ".join(how) or "eager")
 
 
 @torch.inference_mode()
@@ -144,8 +148,6 @@ def find_codec(given: str, student: Path, header: dict) -> Path:
 
 def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config:
     """The config the student was trained with, then what was typed. Raises BadInput."""
-    if steps < 0:
-        raise BadInput(f"steps={steps} is not possible; allowed: 1 or more")
     if steps:
         typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
     precision = {} if preset == "wan-1.3b" else {"bf16": False}
@@ -157,18 +159,19 @@ def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config
 
 def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]]:
     """["A", "B@48"] → (prompt, its first frame, its first chunk of those that are made), after `given`
-    chunks. Raises BadInput."""
+    chunks. Only digits after the last @ are a frame; the first prompt may say its own, for a text that ends
+    so. Raises BadInput."""
     plan, last = [], cfg.pixels(given)
     starts = {cfg.pixels(k): k for k in range(given, given + flags.frames // cfg.chunk + 1)}
-    for i, prompt in enumerate(flags.prompt):
-        prompt, at, frame = prompt.rpartition("@") if "@" in prompt else (prompt, "", str(last))
-        fine = bool(at) == bool(i) and frame.strip().isdigit() and int(frame) in starts
-        if not fine or i and not last < int(frame) < flags.frames:
+    for i, typed in enumerate(flags.prompt):
+        found = re.fullmatch(r"(.*)@\s*([0-9]{1,12})\s*", typed, re.DOTALL)
+        prompt, frame = (found[1], int(found[2])) if found else (typed, last)
+        if not (found and frame in starts and last < frame < flags.frames if i else frame == last):
             where = ", ".join(str(cfg.pixels(k)) for k in (1, 2, 3))
-            allowed = f"the first has no @, the others end in @FRAME, where a chunk begins ({where}, ...)"
+            allowed = f"the first has no @FRAME, the others end in one, where a chunk begins ({where}, ...)"
             between = f"after {last} and before --frames={flags.frames}"
-            raise BadInput(f"--prompt {prompt}{at}{frame} is not possible; allowed: {allowed} {between}")
-        last = int(frame)
+            raise BadInput(f"--prompt {typed!r} is not possible; allowed: {allowed} {between}")
+        last = frame
         plan.append((prompt, last, starts[last] - given))
     return plan
 
@@ -188,29 +191,22 @@ def start_from(path: str, codec: Codec, cfg: Config) -> tuple[Tensor, ...]:
     """A clip's last frames, or a picture held for a chunk → latents (1 chunk c h w), chunk after chunk."""
     if not path:
         return ()
-    video = read_clip(Path(path), cfg)
+    video = read_clip(Path(path), cfg, cfg.pixels(cfg.cached_chunks))
     if len(video) < cfg.pixels(1):
         video = torch.cat([video, video[-1:].expand(cfg.pixels(1) - len(video), -1, -1, -1)])
     count = max(n for n in map(cfg.pixels, range(1, cfg.cached_chunks + 1)) if n <= len(video))
     return codec.encode(video[None, -count:].to(cfg.device).float() / 255).split(cfg.chunk, dim=1)
 
 
-def zoom(cfg: Config) -> int:
-    """Small videos are enlarged so that a person can see them."""
-    return max(1, 256 // min(cfg.height, cfg.width))
-
-
-def report(seconds: list[float], cfg: Config, out: Path, how: str) -> None:
+def report(seconds: list[float], cfg: Config, files: str, how: str) -> None:
     if not seconds:
-        print(f"{out}: only the given frames were asked for")
+        print(f"{files}: only the given frames were asked for")
         return
-    steady = torch.tensor(seconds[1:] or seconds).double() * 1000
-    p50, p99 = steady.quantile(0.5), steady.quantile(0.99)
-    frames = cfg.chunk * cfg.time_stride
-    speed = f"{frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})"
-    print(f"first frame after {seconds[0] * 1000:.0f} ms; {speed}")
+    p50, p99 = (1000 * torch.tensor(seconds[1:] or seconds).quantile(q) for q in (0.5, 0.99))
+    first, frames = f"first frame after {seconds[0] * 1000:.0f} ms", cfg.chunk * cfg.time_stride
+    print(f"{first}; {frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})")
     print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    print(f"{out} and {out.with_suffix('.png')}")
+    print(files)
 
 
 if __name__ == "__main__":

@@ -8,29 +8,31 @@
 A step is one student update followed by `critic_steps` critic updates. Every random draw is a function of
 (seed, purpose, step, sample), so a resumed run equals an uninterrupted one and two processes equal one.
 
-simplified: gradients are averaged by one all-reduce, without overlap; with --accumulate, a tilt compares
-the clips of one micro-batch (over all processes), and the balance sees one after another.
+simplified: gradients are averaged by one all-reduce, without overlap; with --accumulate, the balance sees
+one micro-batch after another.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
 
-import math
+import json
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, cli, from_cli
+from config import Config, build, cli, read_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
-from reward import AXES, effective_share, rollout_weight, tilt_weight
+from reward import AXES, effective_share, rollout_weight
 from rollout import exit_step, rollout, rollout_chunks
-from run import Run, finish, log, prepare, save, select, sheet
+from run import Run, finish, held_out, log, prepare, save, select, sheet, stop_if_broken
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
 
@@ -47,17 +49,43 @@ class Flags:
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    cfg, flags = settings()
     openmp.use_threads(cfg.threads)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts, after a failure
+        flags = replace(flags, resume=bool(checkpoint.states(Path(flags.out))))
+    elif flags.resume:
+        checkpoint.can_resume(flags.out)
     rank, world, device = processes.start(cfg)
-    run = prepare(replace(cfg, device=device), flags, rank, world)
+    with checkpoint.locked(flags.out, mine=rank == 0):
+        learn(prepare(replace(cfg, device=device), flags, rank, world))
+
+
+def settings() -> tuple[Config, Flags]:
+    """What is typed. With --resume what is not typed is as in the run's config.json. Raises BadInput."""
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    path, plain = Path(flags.out) / "config.json", vars(Flags())
+    if flags.resume and path.exists():
+        preset, typed, _ = read_cli([f"--config={path}", *sys.argv[1:]], Flags, __doc__)
+        then = json.loads(path.read_text())
+        typed = {"threads": then.get("threads", 0)} | typed
+        same = {k: x for k, x in then.get("flags", {}).items() if k in plain and vars(flags)[k] == plain[k]}
+        flags = replace(flags, **same)
+    return build(preset, typed), flags
+
+
+def learn(run: Run) -> None:
+    """All steps that are left."""
     stop, cfg = checkpoint.stop_on_signal(), run.cfg
     ahead = range(run.step, cfg.steps)
-    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=rank > 0)
+    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=run.rank > 0)
     if run.step == 0:
         sheet(run, "before", run.student)
+        if run.rank == 0 or cfg.shard:
+            _, run.start = held_out(run)
         for i in range(cfg.critic_warmup):
             update_critic(run, "warm-up", i)
+            if processes.any_of(bool(stop), cfg.device):
+                return finish(run, stop)
     for step in bar:
         start = time.perf_counter()
         stats = update_student(run, step)
@@ -66,17 +94,17 @@ def main() -> None:
             stats |= {"critic": behind["critic"], "critic_grad_norm": behind["grad_norm"]}
             stats["dropped"] += behind["dropped"]
         run.step = step + 1
-        give_up_if_broken(run, stats)
+        stop_if_broken(run, stats)
         stats["seconds"] = time.perf_counter() - start
+        stopping = processes.any_of(bool(stop), cfg.device)
         if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
             stats |= select(run)
         log(run, stats, bar)
-        stopping = processes.any_of(bool(stop), cfg.device)
         if run.step % cfg.save_every == 0 or run.step == cfg.steps or stopping:
             save(run)
         if stopping:
             break
-    finish(run)
+    finish(run, stop)
 
 
 def update_student(run: Run, step: int) -> dict[str, float]:
@@ -133,13 +161,11 @@ def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, ke
     """
     sane = x.isfinite().flatten(1).all(1)
     rngs, _, _ = draw(run, *key, micro=micro)
-    x = x.detach().clone()
+    x = torch.full_like(x, torch.nan)
     if processes.may(sane.any(), run.cfg):
         kept = [g for g, ok in zip(rngs, sane.tolist(), strict=True) if ok]
         with processes.autocast(run.cfg):
             x[sane] = rollout(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
-    else:
-        x.fill_(torch.nan)
     return x, rngs
 
 
@@ -177,34 +203,21 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
     """Let the critic catch up: flow matching on fresh rollouts of the student as it now is."""
     cfg, total, dropped = run.cfg, 0.0, 0.0
     for micro in range(cfg.accumulate):
-        rngs, text, about = draw(run, *key, micro=micro)
+        rngs, text, _ = draw(run, *key, micro=micro)
         with processes.autocast(cfg):
             with torch.no_grad():
                 x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
             t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
-        w = critic_weight(run, x, about)
-        finite = x.isfinite().flatten(1).all(1) & w.isfinite()
+        finite = x.isfinite().flatten(1).all(1)
         dropped += (~finite).sum() * run.world
         if processes.may(finite.any(), cfg):
             with processes.autocast(cfg):
                 losses = critic_loss(run.critic, x[finite], text[finite], t[finite], noise[finite])
-            loss = (w[finite] * losses).sum() / len(x) / cfg.accumulate
+            loss = losses.sum() / len(x) / cfg.accumulate
             loss.backward()
             total += loss.detach()
     stats = processes.mean({"critic": total, "dropped": dropped}, cfg.device)
     return stats | {"grad_norm": update(run.critic, run.critic_opt, cfg)}
-
-
-@torch.no_grad()
-def critic_weight(run: Run, x: Tensor, about) -> Tensor:
-    """Rollouts x (b f c h w) → (b,): all ones, unless the critic is tilted towards what is badly rewarded."""
-    if not run.cfg.tilt:
-        return torch.ones(len(x), device=x.device)
-    with processes.autocast(run.cfg):
-        video01 = run.codec.decode(x.nan_to_num()).float()
-    scores = run.reward(video01, about)[:, [AXES.index(a) for a in run.cfg.axes]].mean(1)
-    scores = scores.masked_fill(~x.isfinite().flatten(1).all(1), torch.nan)  # else the worst clip of all
-    return tilt_weight(processes.gather(scores), run.cfg.tilt)[run.rank * len(x) : (run.rank + 1) * len(x)]
 
 
 def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
@@ -218,15 +231,6 @@ def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
         opt.step()
     opt.zero_grad()
     return float(norm)
-
-
-def give_up_if_broken(run: Run, stats: dict[str, float]) -> None:
-    """Single non-finite samples are dropped and counted; too many steps with some in a row end the run."""
-    finite = math.isfinite(stats["grad_norm"] + stats["critic_grad_norm"])
-    run.bad = run.bad + 1 if stats["dropped"] or not finite else 0
-    if run.bad >= run.cfg.max_bad:
-        what = f"{run.bad} steps in a row had non-finite samples, stopped in step {run.step}"
-        sys.exit(f"{what}; the last checkpoint in {run.out} is intact")
 
 
 def draw(run: Run, *key: int | str, micro: int) -> tuple[list[torch.Generator], Tensor, Tensor | list[str]]:

@@ -1,17 +1,24 @@
 """Files that survive a crash: written under another name, flushed, renamed. Tensors only, no pickled code."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from config import BadInput, Config
 from engine import processes
@@ -21,8 +28,9 @@ _NETWORK = "height width channels stride patch patch_time heads predict text_len
 _DEPENDS = {"codec": "channels stride", "reward": "height width text_length text_width"}
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Run `write` on a temporary name beside `path`, flush, rename: a reader sees all or nothing."""
+def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -> None:
+    """Run `write` on a temporary name beside `path`, flush, rename: a reader sees all or nothing. size: in
+    bytes, to be named where there is no space. Raises BadInput; what `path` held before is then intact."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -31,8 +39,38 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_full(path.parent, error):
+            needs = f", needs {size / 2**20:.0f} MB" if size else ""
+            raise BadInput(f"no space left in {path.parent}{needs}; {path.name} was not written") from error
+        if not isinstance(error, OSError):
+            raise
+        why = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        raise BadInput(f"{path} cannot be written: {why}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(folder: Path, error: Exception) -> bool:
+    """Whether a write failed for want of space. Torch's and safetensors' errors do not always say so."""
+    said = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return said or "os error 28" in str(error) or folder.is_dir() and shutil.disk_usage(folder).free < 2**20
+
+
+@contextmanager
+def locked(folder: str, mine: bool = True) -> Iterator[None]:
+    """One run a folder at a time. A process that ends, however it ends, keeps no lock. mine: whether this
+    process is the one to ask. Raises BadInput."""
+    lock = FileLock(writable_folder(folder) / ".lock")
+    try:
+        if mine:
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BadInput(f"another run is writing to {folder}; another --out starts one beside it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def writable_folder(path: str, flag: str = "--out") -> Path:
@@ -48,13 +86,21 @@ def writable_folder(path: str, flag: str = "--out") -> Path:
     return folder
 
 
+def not_finite(tensors: dict[str, torch.Tensor]) -> str:
+    """How many tensors hold NaN or infinity; "" if none does."""
+    bad = [k for k, x in tensors.items() if not x.isfinite().all()]
+    return f"{len(bad)} of {len(tensors)} tensors are not finite, the first is {bad[0]}" if bad else ""
+
+
 def save_weights(path: Path, net: nn.Module, cfg: Config, kind: str, **facts) -> None:
     """Weights to exchange: fp16 safetensors, the config and any `facts` (step, scores) in the header. All
-    processes call it, the first one writes."""
+    processes call it, the first one writes. Raises BadInput for numbers that are not finite."""
     tensors = {}
     for k, x in net.state_dict().items():
         x = x.full_tensor() if processes.is_share(x) else x
         tensors[k] = (x.half() if x.is_floating_point() else x).contiguous().cpu()
+    if what := not_finite(tensors):
+        raise BadInput(f"{path} is not written: in fp16 {what}")
     if processes.rank():
         return
     header = {"kind": kind, "config": json.dumps(asdict(cfg)), **{k: str(v) for k, v in facts.items()}}
@@ -76,18 +122,13 @@ def read_header(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        if re.fullmatch(r"step_\d+\.pt", Path(path).name):
+            student = Path(path).with_name("student.safetensors")
+            raise BadInput(f"{path} is a run's state, to be resumed; its student is {student}") from error
         raise BadInput(f"{path} is not a readable safetensors file: {error}") from error
     if "kind" not in header or "config" not in header:
         raise BadInput(f"{path} was not written by this project: its header names no kind and no config")
     return header
-
-
-def is_ours(path: Path) -> bool:
-    """Whether `save_weights` wrote a file."""
-    try:
-        return bool(read_header(path))
-    except BadInput:
-        return False
 
 
 def fingerprint(nets: Path, kinds: tuple[str, ...] = ("codec", "teacher", "causal", "reward")) -> str:
@@ -110,7 +151,10 @@ def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Modul
         if made.get(name) != getattr(cfg, name):
             now = f"this run has {name}={getattr(cfg, name)}"
             raise BadInput(f"{path} was made with {name}={made.get(name)}, {now}")
-    return fit(net, load_file(path), path)
+    tensors = load_file(path)
+    if what := not_finite(tensors):
+        raise BadInput(f"{path} cannot be used: {what}")
+    return fit(net, tensors, path)
 
 
 def fit(net: nn.Module, tensors: dict, path: Path, assign: bool = False) -> nn.Module:
@@ -118,16 +162,35 @@ def fit(net: nn.Module, tensors: dict, path: Path, assign: bool = False) -> nn.M
     try:
         net.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
-        what = str(error).splitlines()[1].strip()[:300]
+        what = "; ".join(line.strip()[:300] for line in str(error).splitlines()[1:3])  # missing, unexpected
         raise BadInput(f"{path} does not fit the network: {what}") from error
     return net.eval()
+
+
+def states(folder: Path) -> list[Path]:
+    """Those that a run saved there, oldest first. Names that only begin alike are somebody's copies."""
+    found = [p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}(\.pt)?", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def can_resume(out: str) -> None:
+    """Raises BadInput if --resume is asked for where no run has saved anything; names the runs beside."""
+
+    def runs(folder: Path) -> bool:
+        return any(states(p) for p in (folder, *folder.glob("*-state")))
+
+    if not runs(Path(out)):
+        near = [str(p) for p in sorted(Path(out).parent.glob("*")) if runs(p)][:6]
+        there = f"; there is {' '.join(near)}" * bool(near)
+        raise BadInput(f"--resume: {out} holds no saved step{there}; without --resume a run begins")
 
 
 def save_state(folder: Path, step: int, state: dict) -> Path:
     """Everything a run needs to go on, as folder/step_%06d.pt; only this one and one more stay."""
     path = Path(folder) / f"step_{step:06d}.pt"
-    write_atomically(path, lambda name: torch.save(state | {"step": step}, name))
-    for old in sorted(p for p in Path(folder).glob("step_*.pt") if p != path)[:-1]:
+    size = sum(x.nbytes for x in tree_leaves(state) if isinstance(x, torch.Tensor))
+    write_atomically(path, lambda name: torch.save(state | {"step": step}, name), size)
+    for old in [p for p in states(folder) if p != path and p.suffix == ".pt"][:-1]:
         old.unlink()
     return path
 
@@ -139,7 +202,7 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bo
 
     `free` names fields that may change between a run and its continuation (how long, how often to save).
     """
-    paths = sorted(Path(folder).glob("step_*"))
+    paths = states(folder)
     if paths and not resume:
         raise BadInput(f"{folder} holds a run; --resume goes on with it, another --out starts a new one")
     if not paths:
@@ -163,18 +226,30 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bo
     return state
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """What a run has logged, a dict a step; of a last line that a kill has cut short nothing."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What goes wrong inside is the newest state's fault. Raises BadInput."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:200]
+        raise BadInput(f"{states(folder)[-1]} does not fit this run: {why}") from error
 
 
 def stop_on_signal() -> list[int]:
-    """A list that stays empty until SIGTERM or SIGINT arrives: the loop then saves and ends."""
+    """A list that stays empty until SIGTERM or SIGINT arrives: the loop then saves and ends. A second one
+    ends the process at once, unless it is torchrun that hands on the first."""
     caught: list[int] = []
+    times: list[float] = []
+
+    def catch(number: int, frame) -> None:
+        caught.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 1:
+            os._exit(128 + number)
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: caught.append(number))
+        signal.signal(name, catch)
     return caught
 
 

@@ -1,6 +1,7 @@
 """The loop that trains one network: resumable bit for bit, with a running average, fed by other processes."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from tqdm import tqdm
 from config import BadInput, Config
 from engine import checkpoint
 from engine.graphs import compiled
-from engine.muon import adam_and_muon
 from engine.processes import autocast
 
 # may change between a run and its continuation
@@ -34,17 +34,17 @@ class Stage:
     clips: str = ""  # what it learns from, if not the world
 
 
-def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()):
+def learn(
+    stage: Stage, net: nn.Module, opts: list, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()
+):
     """Minimise loss_of(net, averaged, step, *draw(step)): warm-up, constant, linear decay over the last 40 %.
 
     draw: step → (anything, tensors ...), a function of the step alone, so that it does not matter which
-    process draws and when. flags: out, resume, workers, compile. blocks: a transformer's; their matrices get
-    Muon.
+    process draws and when. opts: optimizers; their first learning rates are the highest. flags: out,
+    resume, workers, compile. blocks: a transformer's, for compile.
     """
     folder = checkpoint.writable_folder(f"{flags.out}/{stage.name}-state")
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(stage.ema), use_buffers=True)
-    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    opts = adam_and_muon(net, matrices, stage.lr, torch.bfloat16 if cfg.bf16 else torch.float32)
     first = go_on(folder, stage, net, averaged, opts, cfg, flags)
     for block in blocks if flags.compile else []:
         block.forward = compiled(block.forward, cfg.device)
@@ -79,7 +79,7 @@ def learn(stage: Stage, net: nn.Module, draw: Callable, loss_of: Callable, cfg: 
             checkpoint.save_state(folder, step + 1, nets | run)
         if stop:
             print(f"stopped after step {step + 1}; --resume goes on from there")
-            sys.exit(0)
+            sys.exit(128 + next(iter(stop), signal.SIGTERM))
     checkpoint.die_on_signal()
     speed = (stage.steps - half) / (time.perf_counter() - start)
     print(f"{stage.name}: {speed:.1f} steps a second in the later half", flush=True)
@@ -104,8 +104,9 @@ def go_on(folder: Path, stage: Stage, net, averaged, opts: list, cfg: Config, fl
     then, now = ({"clips": ""} | stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
     if then != now:
         raise BadInput(f"--resume: {folder} was made with {then}, this run has {now}")
-    net.load_state_dict(state["net"])
-    averaged.load_state_dict(state["averaged"])
-    for opt, saved in zip(opts, state["opts"], strict=True):
-        opt.load_state_dict(saved)
+    with checkpoint.readable(folder):
+        net.load_state_dict(state["net"])
+        averaged.load_state_dict(state["averaged"])
+        for opt, saved in zip(opts, state["opts"], strict=True):
+            opt.load_state_dict(saved)
     return state["step"]

@@ -1,5 +1,6 @@
-"""Contact sheets and video files."""
+"""Contact sheets, video files and the program that makes them."""
 
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import imageio.v2 as imageio
 import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from config import BadInput
 from engine.checkpoint import writable_folder, write_atomically
 
 FORMATS = (".mp4", ".gif", ".webp")
+_OURS = "Software", "stream-r1"  # in a PNG's header
 
 
 def to_uint8(video01: Tensor) -> Tensor:
@@ -20,8 +23,9 @@ def to_uint8(video01: Tensor) -> Tensor:
     return rearrange((video01.clamp(0, 1) * 255).round().byte(), "... c h w -> ... h w c").cpu()
 
 
-def contact_sheet(path: Path, rows: Iterable[tuple[str, Tensor]], scale: int = 2, every: int = 1) -> None:
-    """One row of frames per (caption, video01 (F 3 H W)); captions may be the same. Writes a PNG."""
+def contact_sheet(path: Path, rows: Iterable[tuple[str, Tensor]], scale: int = 2, every: int = 1) -> Path:
+    """One row of frames per (caption, video01 (F 3 H W)); captions may be the same. Writes a PNG → its path:
+    another one than asked for where somebody else's picture is."""
     gap, label, rows = 2, 20, list(rows)
     strips = [to_uint8(video[::every]) for _, video in rows]
     frames, h, w, _ = max((s.shape for s in strips), key=lambda shape: shape[0])
@@ -33,7 +37,21 @@ def contact_sheet(path: Path, rows: Iterable[tuple[str, Tensor]], scale: int = 2
         for f, frame in enumerate(strip.numpy()):
             image = Image.fromarray(frame).resize((w * scale, h * scale), Image.Resampling.NEAREST)
             sheet.paste(image, (f * (w * scale + gap), top + label))
-    write_atomically(path, lambda name: sheet.save(name))
+    mark = PngInfo()
+    mark.add_text(*_OURS)
+    while path.exists() and not is_ours(path):
+        path = path.with_stem(f"{path.stem}_sheet")
+    write_atomically(path, lambda name: sheet.save(name, pnginfo=mark))
+    return path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `contact_sheet` wrote a picture."""
+    try:
+        with Image.open(path) as picture:
+            return _OURS in picture.info.items()
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def video_path(path: str) -> Path:
@@ -43,17 +61,40 @@ def video_path(path: str) -> Path:
         raise BadInput(f"--out={path} is not possible; allowed endings: {' '.join(FORMATS)}")
     if out.is_dir():
         raise BadInput(f"--out={path} is a folder; name a file")
+    if out.suffix == ".mp4":
+        ffmpeg("-version")
     writable_folder(str(out.parent))
     return out
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
-    """H.264 in yuv420p as browsers play it, or gif, or webp, by the name's ending."""
+    """H.264 in yuv420p as browsers play it, or gif, or webp, by the name's ending. Raises BadInput if the
+    encoder fails; its exit code is nowhere to be seen, so the frames are counted."""
     if path.suffix == ".mp4":
+        count = 0
         with imageio.get_writer(path, fps=fps, macro_block_size=2, quality=8) as writer:
-            for frame in frames:
+            for count, frame in enumerate(frames, 1):  # noqa: B007
                 writer.append_data(frame)
+        table, _ = ffmpeg("-i", f"file:{path}", *"-map 0:V:0 -c copy -f framecrc -".split())
+        written = sum(not line.startswith(b"#") for line in table.splitlines())
+        if written != count:
+            raise OSError(f"the encoder left {written} of {count} frames")
     else:
         head, *rest = [Image.fromarray(frame) for frame in frames]
         lossless = {"lossless": True} if path.suffix == ".webp" else {}
         head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **lossless)
+
+
+def ffmpeg(*words: str) -> tuple[bytes, str]:
+    """Run it → what it writes, and its complaints. Raises BadInput if there is none."""
+    try:
+        import imageio_ffmpeg  # not every machine has it
+
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+    except (ImportError, RuntimeError, OSError) as error:
+        cure = "pip install imageio[ffmpeg], or name one in IMAGEIO_FFMPEG_EXE"
+        raise BadInput(f"there is no ffmpeg program for films: {cure}") from error
+    except subprocess.TimeoutExpired:
+        return b"", "it takes more than ten minutes"
+    return done.stdout, done.stderr.decode("utf-8", "replace")

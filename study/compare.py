@@ -22,12 +22,13 @@ from torch import Tensor
 
 from codec import Codec
 from config import ROOT, BadInput, Config, build, from_words
-from engine.checkpoint import fingerprint, read_header, read_metrics, writable_folder
+from engine.checkpoint import fingerprint, read_header, writable_folder
 from engine.processes import pick_device
 from engine.rng import rng_for
 from model import VideoDiT
 from networks import load_net
 from rollout import step_grid, stream
+from run import read_metrics
 from study import results
 from study.rows import BASE, CONTEXTS, WORLDS, as_flag, fields_of
 from world.measure import measure, three_axes
@@ -35,6 +36,7 @@ from world.scene import World
 from world.words import caption, tokenize
 
 FAR, FEW = 9, 64  # drift is measured at this many times the training length, on that many prompts
+STOPPED = (130, 143, -2, -15)  # exit codes of a training that a person or a machine has ended, to go on
 MACHINE = ("device", "threads", "save_every")  # how and where a run computes, not what
 
 
@@ -45,7 +47,6 @@ def compare(names: list[str], typed: dict, how) -> None:
     that fails is noted as failed, and the others go on. Raises BadInput for a run with other settings.
     """
     writable_folder(str(how.results.parent), "--results")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the running training along
     nets = Path(how.nets or ROOT / WORLDS[how.world][1])
     facts = {"world": how.world, "clips": how.clips, "nets": fingerprint(nets)}
     for seed, name in product(range(how.first, how.first + how.seeds), names):
@@ -83,10 +84,14 @@ def train_and_measure(run: dict, fields: dict, folder: Path, nets: Path) -> list
     if not trained(folder, cfg, nets):
         words = [sys.executable, str(ROOT / "train.py"), *(as_flag(k, v) for k, v in fields.items())]
         resume = ["--resume"] if list(folder.glob("step_*.pt")) else []
-        done = subprocess.run([*words, f"--nets={nets}", f"--out={folder}", *resume], check=False)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # takes the run along
+        try:
+            done = subprocess.run([*words, f"--nets={nets}", f"--out={folder}", *resume], check=False)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if done.returncode == 2:  # it has said why
             raise BadInput(f"{run['command']} was refused")
-        if done.returncode:
+        if done.returncode not in (0, *STOPPED):
             return [run | {"view": "failed"}]
     if (last := last_step(folder)) < cfg.steps:
         raise BadInput(f"{folder} stopped at step {last} of {cfg.steps}; the same command goes on from there")
@@ -101,7 +106,7 @@ def trained(folder: Path, cfg: Config, nets: Path) -> bool:
         return False
     kinds = ("codec", "teacher", "causal", *["reward"] * cfg.weighted)
     asked = asdict(cfg) | {"origin": {"nets": fingerprint(nets, kinds), "start": ""}}
-    made, free = json.loads(path.read_text()), (*MACHINE, "torch", "world")
+    made, free = json.loads(path.read_text()), (*MACHINE, "torch", "world", "flags")
     one, two = ({k: v for k, v in each.items() if k not in free} for each in (made, asked))
     return one == json.loads(json.dumps(two))  # lists for tuples, as in the file
 

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from config import ROOT, BadInput, Config, cli, from_words, read_cli
-from data import understand
-from engine.checkpoint import read_header, read_metrics, writable_folder, write_atomically
+from engine.checkpoint import read_header, writable_folder, write_atomically
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
 from networks import load_net
 from reward import AXES, RewardModel
 from rollout import rollout, stream
+from run import read_metrics
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 from study import results
 from study.compare import FAR
 from study.rows import ROWS, WORLDS, reference, rows_named, world_named
 from study.tables import extra, gains, interval
-from world.words import tokenize
+from world.words import tokenize, understand
 
 BLUE, ORANGE, GREY = "#1f4e9c", "#c8501e", "#8a8a8a"
 

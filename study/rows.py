@@ -7,8 +7,8 @@ between the two says what this technique does.
 from config import METHODS, BadInput, build
 
 BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view; with window and EMA sink
-_RF, _SR1, _DIAGONAL, _PLAIN, _TILTED = (
-    {"method": name} for name in ("reward_forcing", "stream_r1", "diagonal", WINDOWED, "tilted")
+_RF, _SR1, _DIAGONAL, _PLAIN = (
+    {"method": name} for name in ("reward_forcing", "stream_r1", "diagonal", WINDOWED)
 )
 _HALF = _SR1 | {"beta": 0.5, "balance_window": 50}
 _TWO_STEPS = {"denoise": (1.0, 0.5)}
@@ -50,12 +50,9 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "diagonal-motion0": _DIAGONAL | {"motion": 0.0},
     "diagonal-motion.2": _DIAGONAL | {"motion": 0.2},
     "diagonal-motion1": _DIAGONAL | {"motion": 1.0},
-    # ours: a tilted critic and all of Stream-R1 on top
-    "tilted-stream_r1": _SR1 | {"tilt": 6.0},
     # two denoising steps, where there is more to gain
     "windowed-2steps": _PLAIN | _TWO_STEPS,
     "stream_r1-2steps": _SR1 | _TWO_STEPS,
-    "tilted-2steps": _TILTED | _TWO_STEPS,
     "windowed-2steps-guidance3": _PLAIN | _TWO_STEPS | {"guidance": 3.0},
     # the teacher's guidance; with half the learning rate; with an average that follows faster
     "windowed-guidance3": _PLAIN | {"guidance": 3.0},

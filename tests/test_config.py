@@ -112,8 +112,6 @@ def test_bare_booleans():
         (["--context_t=1"], ["context_t=1.0", "[0, 1)"]),
         (["--method=diagonal", "--denoise=1,0.5"], ["denoise=(1.0, 0.5)", "taper=5432"]),
         (["wan-1.3b", "--horizon=2"], ["horizon=2", "causal in time"]),
-        (["--accumulate=16", "--tilt=6"], ["accumulate=16", "--tilt"]),
-        (["--accumulate=16", "--method=tilted"], ["accumulate=16", "--tilt"]),
         (["--heads=3"], ["dim=128", "even width"]),
     ],
 )

@@ -19,7 +19,8 @@ import data
 import pretrain
 import train
 from config import BadInput, build, cli
-from data import ClipFolder, PromptFile, decode, free_words, probe, read_clip, understand
+from data import ClipFolder, decode, probe, read_clip, read_text
+from world.words import free_words, understand
 
 
 def draw(path, frames=24, size=(48, 64), still=False):
@@ -112,6 +113,17 @@ def test_rate_and_palette_of_pictures(folder):
     assert len(read_clip(folder / "fast.gif", cfg)) == 8 and len(read_clip(folder / "0.gif", cfg)) == 24
     grey = read_clip(folder / "grey.png", cfg)
     assert grey.shape == (1, 3, 32, 32) and (grey == 77).all()
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
+def test_the_end_of_a_clip_is_read_alone(tmp_path, monkeypatch, name):
+    """Catches a --init that decodes an hour for its last second."""
+    frames = np.stack([np.full((32, 32, 3), 4 * i, np.uint8) for i in range(48)])
+    how = dict(plugin="pillow", duration=125, loop=0) if name == "a.gif" else dict(plugin="FFMPEG", fps=8)
+    iio.imwrite(tmp_path / name, frames, **how)
+    whole, counts, real = read_clip(tmp_path / name, CFG), [], data.decode
+    monkeypatch.setattr(data, "decode", lambda *a: counts.append(a[3]) or real(*a))
+    assert torch.equal(read_clip(tmp_path / name, CFG, 5), whole[-5:]) and counts == [5]
 
 
 def test_csv_metadata(folder):
@@ -461,7 +473,7 @@ def test_metadata_that_is_refused_by_row(content, said, tmp_path):
 def test_text_that_is_not_utf8_is_refused(encoding, tmp_path):
     (tmp_path / "metadata.csv").write_bytes("file_name,text\na.gif,ein grüner Balken\n".encode(encoding))
     (tmp_path / "prompts.txt").write_bytes("ein grüner Balken\n".encode(encoding))
-    for call in (lambda: ClipFolder(CFG, str(tmp_path)), lambda: PromptFile(tmp_path / "prompts.txt")):
+    for call in (lambda: ClipFolder(CFG, str(tmp_path)), lambda: read_text(tmp_path / "prompts.txt")):
         with pytest.raises(BadInput, match="not UTF-8"):
             call()
 
@@ -488,13 +500,6 @@ def test_names_with_accents_below_the_folder(folder):
             file.write("\n" + json.dumps({"file_name": f"{form}/{other}", "text": "a bar number 0"}))
     source = ClipFolder(CFG, str(folder))
     assert [text for _, text in source.clips].count("a bar number 0") == 3
-
-
-def test_prompts_of_a_file(tmp_path):
-    """Catches a prompt that is cut at what only Python takes for the end of a line."""
-    lines = ["a cat\u2028on a mat", "a dog\x0b\x1c\x85runs", "  ein grüner Balken  ", ""]
-    (tmp_path / "p.txt").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-    assert PromptFile(tmp_path / "p.txt").prompts == [line.strip() for line in lines[:3]]
 
 
 def test_words_of_any_script():

@@ -60,6 +60,6 @@ def test_an_unknown_word_is_named(student):
 
 def test_names_what_it_needs():
     """Catches an import that torch.hub does not check for."""
-    assert hubconf.dependencies == ["torch", "numpy", "einops", "imageio", "safetensors", "tqdm"]
+    assert hubconf.dependencies == ["torch", "numpy", "einops", "filelock", "imageio", "safetensors", "tqdm"]
     with pytest.raises(BadInput, match="unknown preset"):
         hubconf.student("huge")

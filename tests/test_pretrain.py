@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import pretrain
 from codec import Codec
 from config import build, cli
-from engine import checkpoint
+from engine.checkpoint import annotate
 from engine.rng import rng_for
 from reward import RewardModel, bradley_terry
 from rollout import sample_teacher
@@ -52,7 +52,7 @@ def test_an_interrupted_stage_ends_in_the_same_bits(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain.checkpoint, "stop_on_signal", Two)
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}")
-    assert stopped.value.code == 0
+    assert stopped.value.code == 143
     assert not (parts / "codec.safetensors").exists()
     monkeypatch.setattr(pretrain.checkpoint, "stop_on_signal", list)
     call(monkeypatch, *SMALL, "--stage=codec", "--steps=4", f"--out={parts}", "--resume", "--workers=2")
@@ -94,7 +94,7 @@ def test_a_stage_goes_on_from_nets_that_knew_one_object(monkeypatch, tmp_path, c
     assert stopped.value.code == 2 and "does not fit the network" in capsys.readouterr().err
     for argv in (("--stage=codec",), ("--stage=all", f"--start={one / 'causal'}.safetensors")):
         (one / "causal.safetensors").write_bytes((one / "teacher.safetensors").read_bytes())
-        checkpoint.annotate(one / "causal.safetensors", kind="causal")
+        annotate(one / "causal.safetensors", kind="causal")
         with pytest.raises(SystemExit) as stopped:
             start = f"--start={one / 'teacher'}.safetensors"
             call(monkeypatch, *SMALL, start, *argv, "--steps=1", f"--out={tmp_path / 'other'}")

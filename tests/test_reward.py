@@ -8,7 +8,7 @@ import torch
 
 from config import Config
 from engine.rng import rng_for
-from reward import Balancer, RewardModel, effective_share, rollout_weight, tilt_weight
+from reward import Balancer, RewardModel, effective_share, rollout_weight
 from world.corrupt import LOOKS, MOTION, worse_looks, worse_motion, wrong_words
 from world.scene import World
 from world.words import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS, caption, parse, tokenize
@@ -272,42 +272,3 @@ def test_wrong_words(objects):
         assert parse(caption(wrong), objects) == wrong
         places.add(place)
     assert len(places) == 4 * objects + 1
-
-
-# -- the tilted critic -----------------------------------------------------------------------
-
-
-def test_tilt_weight():
-    """Catches a weight that depends on the reward's zero, that counts broken clips, or that is off mean 1."""
-    r = torch.tensor([0.0, 1.0, -2.0, torch.nan])
-    w = tilt_weight(r, 2.0)
-    torch.testing.assert_close(w[:3] / w[0], (-2 * r[:3]).exp())
-    assert w[3].isnan() and float(w[:3].sum()) == pytest.approx(3)
-    torch.testing.assert_close(tilt_weight(r[:3] + 5, 2.0), w[:3])
-    assert tilt_weight(r[:3], 0.0).tolist() == [1, 1, 1]
-
-
-def test_only_a_tilted_critic_moves_the_fixed_point():
-    """Three possible clips, noised to t = .7; the best critic is the weighted mean of x given x_t. A student
-    that is p_teacher exp(tilt r) feels no force under the tilted critic, and does under a plain one; one that
-    equals the teacher feels none under a plain critic, so weights on it change nothing."""
-    x, teacher, r = (
-        torch.tensor([-1.0, 0.2, 1.0]),
-        torch.tensor([0.5, 0.3, 0.2]),
-        torch.tensor([0.0, 1.0, 0.5]),
-    )
-    tilt, t, n = 1.5, 0.7, 400_000
-    g = torch.Generator().manual_seed(0)
-
-    def clean_given_noisy(p, w):
-        """For x drawn from p: E[w x | x_t] / E[w | x_t] in bins of x_t."""
-        k = torch.multinomial(p, n, replacement=True, generator=g)
-        at = ((1 - t) * x[k] + t * torch.randn(n, generator=g)).mul(2).round().long().clamp(-3, 3) + 3
-        weight = w[k]
-        return torch.bincount(at, weight * x[k], 7) / torch.bincount(at, weight, 7)
-
-    tilted = (teacher * (tilt * r).exp()) / (teacher * (tilt * r).exp()).sum()
-    wanted = clean_given_noisy(teacher, torch.ones(3))
-    assert (clean_given_noisy(tilted, tilt_weight(r, tilt)) - wanted).abs().max() < 0.03
-    assert (clean_given_noisy(tilted, torch.ones(3)) - wanted).abs().max() > 0.1
-    assert (clean_given_noisy(teacher, torch.ones(3)) - wanted).abs().max() < 0.03

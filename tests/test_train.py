@@ -84,7 +84,7 @@ def test_two_processes_equal_one(nets, tmp_path):
     assert gap < 5e-6
 
 
-def test_sigterm_saves_and_exits_0(nets, tmp_path, capfd):
+def test_sigterm_saves_and_exits_143(nets, tmp_path, capfd):
     (process,) = launch(command(nets, tmp_path, "--steps=100000", "--save_every=100000"))
     for _ in range(1200):
         if (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
@@ -92,7 +92,7 @@ def test_sigterm_saves_and_exits_0(nets, tmp_path, capfd):
         time.sleep(0.05)
     process.terminate()
     process.join(60)
-    assert process.exitcode == 0 and "--resume goes on" in capfd.readouterr().out
+    assert process.exitcode == 143 and "--resume goes on" in capfd.readouterr().out
     assert len(list(tmp_path.glob("step_*.pt"))) == 1
 
 
@@ -114,7 +114,7 @@ def test_accumulation_equals_one_batch(nets, tmp_path, monkeypatch):
     assert one["critic"] == pytest.approx(two["critic"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["self_forcing", "reward_forcing", "diagonal", "tilted"])
+@pytest.mark.parametrize("method", ["self_forcing", "reward_forcing", "diagonal"])
 def test_every_method_takes_a_step(nets, tmp_path, monkeypatch, method):
     argv = (f"--nets={nets}", f"--out={tmp_path}", *KEYS, "--steps=1", f"--method={method}")
     in_process(monkeypatch, train, *argv)
@@ -250,7 +250,7 @@ BAD = {
     "nets": (["--nets=nowhere"], "nowhere"),
     "other config": (["--channels=8"], "channels"),
     "out": (["--out=/proc/nothing"], "--out"),
-    "data": (["--data=/nowhere"], "no such folder of clips"),
+    "data": (["--data=/nowhere"], "is not there; allowed here: a folder of clips"),
 }
 
 
@@ -302,19 +302,6 @@ def test_a_run_is_not_resumed_from_other_nets(nets, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         in_process(monkeypatch, train, *argv, "--steps=2", "--resume")
     assert stopped.value.code == 2 and "began from others" in capsys.readouterr().err
-
-
-def test_a_broken_rollout_does_not_take_the_tilted_critics_weight(nets, tmp_path):
-    """Decoded without its NaN it looks like the worst clip of all."""
-    cfg = build("tiny", SMALL | {"device": "cpu", "method": "tilted"})
-    run = train.prepare(cfg, train.Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
-    x = torch.randn(4, cfg.frames, *cfg.latent_shape, generator=torch.Generator().manual_seed(0))
-    text = torch.zeros(4, cfg.text_length, cfg.text_width)
-    whole = train.critic_weight(run, x, text)
-    x[0, 3] = float("nan")
-    w = train.critic_weight(run, x, text)
-    assert w[0].isnan() and float(w[1:].sum()) == pytest.approx(3)
-    assert_close(w[1:] / w[1], whole[1:] / whole[1])
 
 
 def test_a_refused_run_leaves_the_metrics_of_the_one_before(tmp_path, monkeypatch):

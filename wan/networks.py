@@ -10,12 +10,29 @@ import torch
 from torch import Tensor
 
 from config import METHODS, BadInput, Config, build
+from data import read_text
 from engine import processes
-from engine.checkpoint import is_ours, read_header
+from engine.checkpoint import not_finite, read_header
+from engine.rng import pick, rng_for
 from networks import Networks, load_net
 from wan import memory
 from wan.videoalign import load_videoalign, refuse_marks
 from wan.weights import load_text, load_vae, open_wan, sized
+
+
+class PromptFile:
+    """Prompts alone, one a line: what distilling Wan needs. A caption is one "word", the whole prompt."""
+
+    vocabulary = ()
+
+    def __init__(self, path: str):
+        lines = read_text(Path(path)).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        self.prompts = [line.strip() for line in lines if line.strip()]
+        if not self.prompts:
+            raise BadInput(f"--data={path} holds no prompt; expected is one a line")
+
+    def captions(self, keys: list[tuple]) -> list[list[str]]:
+        return [[self.prompts[pick(rng_for("prompt", *key), len(self.prompts))]] for key in keys]
 
 
 def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
@@ -62,8 +79,18 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     header = {"kind": "student", "config": made} if foreign else read_header(path)
     cfg = student_config(header, preset, typed, flags.steps)
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
+    if foreign and (what := not_finite(student.state_dict())):
+        raise BadInput(f"{path} cannot be used: {what}")
     text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
     return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save_weights` wrote a file."""
+    try:
+        return bool(read_header(path))
+    except BadInput:
+        return False
 
 
 def trace(tensors: list[Tensor]) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from config import BadInput, Config
 from engine import processes
-from engine.checkpoint import write_atomically
+from engine.checkpoint import states, write_atomically
 
 
 def shard(net: nn.Module, cfg: Config) -> nn.Module:
@@ -44,40 +43,47 @@ def shard(net: nn.Module, cfg: Config) -> nn.Module:
     return net
 
 
-def save_shards(folder: Path, step: int, nets: dict, opts: dict, facts: dict) -> None:
+def save_shards(run, names: tuple[str, ...], facts: dict) -> None:
     """All that a run needs to go on, as the folder step_%06d: each process writes its share. Two such stay.
 
-    nets: {name: network}; opts: {name: (network, optimizer)}; facts: what JSON can hold. The index that
-    torch.distributed.checkpoint adds is a pickle: open only what you have written yourself.
+    names: of its networks; facts: what JSON can hold. The index that torch.distributed.checkpoint adds is a
+    pickle: open only what you have written yourself.
     """
-    path, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}"
-    dcp.save(_shards(nets, opts), checkpoint_id=temporary)
+    folder, name = run.out, f"step_{run.step:06d}"
+    path, temporary = folder / name, folder / f".{name}"
+    dcp.save(_shards(run, names), checkpoint_id=temporary)
     if processes.rank() == 0:
-        text = json.dumps(facts | {"step": step})
+        text = json.dumps(facts | {"step": run.step, "balancer": run.balancer.state_dict()})
         write_atomically(temporary / "facts.json", lambda name: name.write_text(text))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-        for old in sorted(p for p in folder.glob("step_*") if p != path)[:-1]:
+        for old in [p for p in states(folder) if p != path and p.is_dir()][:-1]:
             shutil.rmtree(old)
     processes.wait()
 
 
-def load_shards(path: Path, nets: dict, opts: dict) -> None:
-    """Into networks and optimizers, spread over any number of processes. Raises BadInput."""
-    state = _shards(nets, opts)
+def load_shards(run, names: tuple[str, ...], facts: dict) -> None:
+    """Into a run, spread over any number of processes. Raises BadInput."""
+    state, path = _shards(run, names), facts["shards"]
     try:
         dcp.load(state, checkpoint_id=path)
     except (Exception, dcp.CheckpointException) as error:  # a share is missing, cut short, of another network
         what = f"{path} cannot be read ({type(error).__name__})"
         raise BadInput(f"{what}; delete it to go on from the one before") from error
-    for name, net in nets.items():
-        set_model_state_dict(net, state[name])
-    for name, (net, opt) in opts.items():
+    for name in names:
+        set_model_state_dict(getattr(run, name), state[name])
+    for name, (net, opt) in _optimizers(run).items():
         set_optimizer_state_dict(net, opt, state[name])
+    run.balancer.load_state_dict(facts["balancer"])
 
 
-def _shards(nets: dict, opts: dict) -> dict:
+def _optimizers(run) -> dict:
+    return {"student_opt": (run.student, run.student_opt), "critic_opt": (run.critic, run.critic_opt)}
+
+
+def _shards(run, names: tuple[str, ...]) -> dict:
     # one process alone is nothing to be warned of, here or by what reads and writes the shards
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-    state = {name: get_model_state_dict(net) for name, net in nets.items()}
-    return state | {name: get_optimizer_state_dict(net, opt) for name, (net, opt) in opts.items()}
+    state = {name: get_model_state_dict(getattr(run, name)) for name in names}
+    opts = _optimizers(run).items()
+    return state | {name: get_optimizer_state_dict(net, opt) for name, (net, opt) in opts}

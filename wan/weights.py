@@ -13,6 +13,7 @@ Every tensor has to find its place and every place its tensor. Only tensors are 
 
 import hashlib
 import html
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,10 @@ from engine.checkpoint import fit, writable_folder, write_atomically
 from model import VideoDiT
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
-_WRAPPERS = r"^((model|diffusion_model|module|_fsdp_wrapped_module)\.)+|\b_(fsdp|checkpoint)_wrapped_module\."
+_WRAPPERS = (
+    r"^((model|diffusion_model|module|pipe|dit|_orig_mod|_fsdp_wrapped_module)\.)+"
+    r"|\b_(fsdp|checkpoint)_wrapped_module\.|\b_orig_mod\."
+)
 _EMBEDDERS = {
     "text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
     "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2",
@@ -86,6 +90,9 @@ def sized(cfg: Config, tensors: dict[str, Tensor], path: str | Path) -> Config:
 def read_transformer(path: str | Path) -> dict[str, Tensor]:
     """{name as in model.py: tensor}, whatever names the checkpoint has. Raises BadInput."""
     tensors = read_tensors(Path(path))
+    if lora := [name for name in tensors if re.search(r"lora_(A|B|down|up|alpha)\b|\.alpha$", name)]:
+        what = f"{path} holds LoRA factors ({lora[0]}), not a network"
+        raise BadInput(f"{what}; merge them into their base first, such as with peft's merge_and_unload")
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = {rename(name, to_diffusers=False): x for name, x in tensors.items()}
     return tensors
@@ -96,9 +103,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         inner = path / "transformer" if (path / "transformer").is_dir() else path
         parts = sorted(inner.glob("diffusion_pytorch_model*.safetensors"))
+        if index := sorted(inner.glob("diffusion_pytorch_model*.safetensors.index.json")):
+            parts = listed(index[0])  # an older save may lie beside
         if not parts:
             raise BadInput(f"{inner} lacks weights; expected: diffusion_pytorch_model*.safetensors")
-        return {k: v for part in parts for k, v in read_tensors(part).items()}
+        tensors = {}
+        for part in parts:
+            new = read_tensors(part)
+            if twice := sorted(new.keys() & tensors.keys()):
+                raise BadInput(
+                    f"{inner} holds {twice[0]} twice, also in {part.name}: which is the newer one?"
+                )
+            tensors |= new
+        return tensors
     if not path.is_file():
         raise BadInput(f"no weights at {path}")
     try:
@@ -112,6 +129,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise BadInput(f"{path} holds no network; looked for tensors, also inside {' '.join(_INSIDE)}")
     return {re.sub(_WRAPPERS, "", name): x for name, x in tensors.items()}
+
+
+def listed(index: Path) -> list[Path]:
+    """The files that an index of shards names. Raises BadInput."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{index} is no index of shards: {error}") from error
+    return sorted(index.parent / Path(name).name for name in names)
 
 
 # -- the video codec ----------------------------------------

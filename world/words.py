@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from config import BadInput
+from config import BadInput, Config
 from engine.rng import rng_for
 
 COLOURS = {
@@ -74,6 +74,24 @@ def parse(prompt: str, objects: int) -> list[str]:
         raise BadInput(f"the prompt names {len(meaning)} objects; this model knows at most {objects}")
     meaning += [[""] * 4] * (objects - len(meaning))
     return [*(word for thing in meaning for word in thing), background]
+
+
+def free_words(text: str) -> list[str]:
+    """A caption in nobody's vocabulary → its words in order."""
+    return split_words(text, "_'")
+
+
+def understand(prompt: str, cfg: Config, vocabulary: list[str]) -> list[str]:
+    """A person's prompt → words for `tokenize`; `vocabulary` is a clip folder's. Raises BadInput."""
+    if not cfg.data:
+        return parse(prompt, cfg.objects)
+    words = free_words(prompt)
+    if not words:
+        raise BadInput("the prompt is empty")
+    if len(words) > cfg.text_length:
+        raise BadInput(f"the prompt has {len(words)} words; this model reads at most {cfg.text_length}")
+    check_words(words, vocabulary)
+    return words
 
 
 def left_open(meaning: list[str]) -> list[str]:

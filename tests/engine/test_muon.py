@@ -5,18 +5,18 @@ from functools import partial
 import pytest
 import torch
 
-from engine.muon import Muon
+from pretrain import Muon
 
 
-@pytest.mark.parametrize("dtype, off", [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
+@pytest.mark.parametrize("bf16, off", [(True, 0.02), (False, 0.05)])
 @pytest.mark.parametrize("shape", [(24, 24), (24, 8), (8, 24)])
-def test_all_matrices_of_a_shape_at_once_are_what_torch_makes_of_each(shape, dtype, off):
+def test_all_matrices_of_a_shape_at_once_are_what_torch_makes_of_each(shape, bf16, off):
     """Three steps with momentum and weight decay, another shape beside. torch's rounds to bf16."""
     torch.manual_seed(0)
     start = [torch.randn(shape), torch.randn(shape), torch.randn(8, 8)]
     grads = [[torch.randn_like(p) for p in start] for _ in range(3)]
     moved = []
-    for kind in (torch.optim.Muon, partial(Muon, dtype=dtype)):
+    for kind in (torch.optim.Muon, partial(Muon, bf16=bf16)):
         params = [torch.nn.Parameter(p.clone()) for p in start]
         opt = kind(params, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
         for step in grads:

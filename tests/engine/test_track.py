@@ -15,7 +15,7 @@ from runs import KEYS, in_process, metrics
 
 import train
 from config import BadInput
-from engine.track import Track
+from run import Track
 
 
 @pytest.fixture

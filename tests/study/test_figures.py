@@ -86,7 +86,7 @@ def test_bad_input(monkeypatch, capsys, argv, needle):
 def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch, drawn):
     """Catches differences that are not paired (seeds differ by .1, rows by .05), signs and rows mixed up, and
     rows of one seed, which have no interval."""
-    gain, lines = {"windowed": 0.0, "tilted": 0.05, "diagonal": -0.05, "stream_r1": 0.5}, []
+    gain, lines = {"windowed": 0.0, "reward_forcing": 0.05, "diagonal": -0.05, "stream_r1": 0.5}, []
     for row, more in gain.items():
         for seed in (0, 1) if row != "stream_r1" else (0,):
             facts = {"row": row, "seed": seed, "world": "one", "clips": 256, "steps": 100, "batch": 1}
@@ -98,11 +98,11 @@ def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch, drawn):
     panels = drawn[0].axes
     assert [panel.get_title() for panel in panels] == ["looks", "motion", "text"]
     names = [label.get_text() for label in panels[0].get_yticklabels()]
-    assert names == [f"{row} (2)" for row in ROWS if row in ("tilted", "diagonal")]
+    assert names == [f"{row} (2)" for row in ROWS if row in ("reward_forcing", "diagonal")]
     for panel in panels:
         for y, name in zip(panels[0].get_yticks(), names, strict=True):
             bars = [c.lines[0] for c in panel.containers if abs(c.lines[0].get_ydata()[0] - y) < 0.4]
-            sign, colour = (1, figures.BLUE) if name.startswith("tilted") else (-1, figures.ORANGE)
+            sign, colour = (1, figures.BLUE) if name.startswith("reward_forcing") else (-1, figures.ORANGE)
             assert [bar.get_xdata()[0] for bar in bars] == pytest.approx([sign * 0.05 + 0.0005] * 2)
             assert {bar.get_color() for bar in bars} == {colour}
     assert pixels(tmp_path / "table.png").shape[1] == 780
@@ -110,7 +110,7 @@ def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch, drawn):
 
 def test_methods_sheet(nets, tmp_path, monkeypatch):  # noqa: F811
     """A row a student, half of the first clip's frames and half of the last one's."""
-    for name in ("windowed-0", "tilted-0"):
+    for name in ("windowed-0", "reward_forcing-0"):
         (tmp_path / "one" / name).mkdir(parents=True)
         shutil.copy(nets / "stream_r1.safetensors", tmp_path / "one" / name / "student.safetensors")
     call(monkeypatch, "methods", f"--runs={tmp_path}", f"--nets={nets}", f"--out={tmp_path}")

@@ -34,22 +34,22 @@ def test_controls_come_along():
     names = rows_named("windowed-guidance3-ema.95,reward_forcing-no_sink", {})
     controls = ["self_forcing", "windowed", "windowed-guidance3", "reward_forcing"]
     assert names == [*controls, "windowed-guidance3-ema.95", "reward_forcing-no_sink"]
-    assert reference("tilted-2steps") == "windowed-2steps"
+    assert reference("stream_r1-2steps") == "windowed-2steps"
     assert reference("windowed-2steps-guidance3") == "windowed-2steps"
 
 
 def test_a_typed_field_that_a_row_is_made_of_is_refused():
     with pytest.raises(BadInput, match="--beta is part of"):
-        rows_named("tilted", {"beta": 1.0})
-    assert rows_named("tilted", {"lr": 1.0}) == ["self_forcing", "windowed", "tilted"]
+        rows_named("diagonal", {"beta": 1.0})
+    assert rows_named("diagonal", {"lr": 1.0}) == ["self_forcing", "windowed", "diagonal"]
 
 
 def test_every_run_says_how_long_it_is():
     """Catches a comparison whose length changes with the preset's default, and typed fields that are lost."""
     for name in ROWS:
         assert rows.fields_of(name, "two", {})["steps"] == 100
-    fields = rows.fields_of("tilted", "two", {"steps": 2})
-    assert (fields["steps"], fields["objects"], build("tiny", fields).tilt) == (2, 2, 6.0)
+    fields = rows.fields_of("diagonal", "two", {"steps": 2})
+    assert (fields["steps"], fields["objects"], build("tiny", fields).motion) == (2, 2, 4.0)
 
 
 def test_forwards_of_seven_chunks():

@@ -41,10 +41,11 @@ def test_differences_are_paired():
 
 
 def test_failed_runs_are_counted_not_averaged():
-    table = {"windowed": {0: run(0.5), 1: {"failed": {}}}, "tilted": {0: {"failed": {}}}}
+    table = {"windowed": {0: run(0.5), 1: {"failed": {}}}, "reward_forcing": {0: {"failed": {}}}}
     lines = tables.markdown(table).splitlines()
     assert (
-        lines[-2].startswith("| windowed | 1 (1 failed) | 0.500") and "| tilted | 0 (1 failed) |" in lines[-1]
+        lines[-2].startswith("| windowed | 1 (1 failed) | 0.500")
+        and "| reward_forcing | 0 (1 failed) |" in lines[-1]
     )
 
 
@@ -60,13 +61,13 @@ def test_every_table_begins_with_what_it_shows():
 def test_what_was_held_out_over_time():
     """Catches steps in the order of their digits, and seeds that stopped early counted as zero."""
     runs = {0: run(0.5, at100=100.0, at25=25.0), 2: run(0.5, at25=27.0)}
-    lines = tables.over_time({"tilted": runs}, "jitter").splitlines()
+    lines = tables.over_time({"reward_forcing": runs}, "jitter").splitlines()
     assert lines[2] == "| jitter after | 25 steps | 100 steps |"
-    assert lines[4].startswith("| tilted | 26.00 ± 12.71 | 100.00 ± nan |")
+    assert lines[4].startswith("| reward_forcing | 26.00 ± 12.71 | 100.00 ± nan |")
 
 
 def line(seed: int, view: str = "within", **more) -> dict:
-    facts = {"row": "tilted", "seed": seed, "world": "one", "clips": 8, "prompts": 8, "nets": "x"}
+    facts = {"row": "reward_forcing", "seed": seed, "world": "one", "clips": 8, "prompts": 8, "nets": "x"}
     return facts | {"view": view, "looks": 0.5, "jitter": math.nan, "steps": 100, "batch": 4} | more
 
 
@@ -75,15 +76,15 @@ def test_what_is_appended_is_read(tmp_path):
     path = tmp_path / "r.csv"
     results.append(path, [line(1), line(1, "beyond", looks=0.25)])
     results.append(path, [line(0), line(2, world="two"), line(3, clips=9)])
-    table = results.load(path, "one", 8, ["windowed", "tilted"])
-    assert list(table) == ["tilted"] and sorted(table["tilted"]) == [0, 1]
-    found = table["tilted"][1]
+    table = results.load(path, "one", 8, ["windowed", "reward_forcing"])
+    assert list(table) == ["reward_forcing"] and sorted(table["reward_forcing"]) == [0, 1]
+    found = table["reward_forcing"][1]
     assert found["within"]["looks"] == 0.5 and found["beyond"]["looks"] == 0.25
     assert math.isnan(found["within"]["jitter"]) and found["within"]["prompts"] == 8
-    assert list(results.load(path, "one", 8, ["tilted"], (0,))["tilted"]) == [0]
+    assert list(results.load(path, "one", 8, ["reward_forcing"], (0,))["reward_forcing"]) == [0]
     results.append(path, [line(4, nets="y")])
     with pytest.raises(BadInput, match="mixes"):
-        results.load(path, "one", 8, ["tilted"])
+        results.load(path, "one", 8, ["reward_forcing"])
 
 
 def test_runs_that_end_together_are_all_kept(tmp_path):
@@ -102,7 +103,9 @@ def test_foreign_files_are_named_and_stay(tmp_path, text):
     """Catches a stranger's file that is overwritten."""
     path = tmp_path / "a.csv"
     results.append(path, [line(0)])
-    path.write_text(text if "kind" not in text else path.read_text().replace("tilted,0", "tilted,zero"))
+    path.write_text(
+        text if "kind" not in text else path.read_text().replace("reward_forcing,0", "reward_forcing,zero")
+    )
     before = path.read_text()
     with pytest.raises(BadInput, match="a.csv"):
         results.append(path, [line(1)])

@@ -13,6 +13,7 @@ import sample
 import train
 from config import PRESETS, cli
 from model import VideoDiT
+from wan.networks import PromptFile
 
 downloads = pytest.importorskip("downloads")
 
@@ -177,3 +178,10 @@ def test_a_student_needs_its_own_wan(monkeypatch, wan, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             run(monkeypatch, sample, *argv, f"--out={tmp_path / 'x.gif'}", "--device=cpu")
         assert stopped.value.code == 2 and needle in capsys.readouterr().err
+
+
+def test_prompts_of_a_file(tmp_path):
+    """Catches a prompt that is cut at what only Python takes for the end of a line."""
+    lines = ["a cat\u2028on a mat", "a dog\x0b\x1c\x85runs", "  ein grüner Balken  ", ""]
+    (tmp_path / "p.txt").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert PromptFile(tmp_path / "p.txt").prompts == [line.strip() for line in lines[:3]]

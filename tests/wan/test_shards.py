@@ -24,7 +24,7 @@ def weights(path) -> torch.Tensor:
     )
 
 
-SHARD = ("--shard", "--save_every=2", "--group=2", "--tilt=1", "--balance_window=2", "--checkpointing")
+SHARD = ("--shard", "--save_every=2", "--group=2", "--balance_window=2", "--checkpointing")
 
 
 @pytest.fixture(scope="module")
@@ -109,4 +109,4 @@ def test_shares_of_other_networks(nets, pair, tmp_path):
     cfg = build("tiny", dict(dim=32, heads=2, ffn=32, layers=1, batch=4, device="cpu"))
     run = prepare(cfg, Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
     with pytest.raises(BadInput, match="cannot be read"):
-        load_shards(pair / "step_000004", {"stranger": run.student}, {})
+        load_shards(run, ("teacher",), {"shards": pair / "step_000004"})

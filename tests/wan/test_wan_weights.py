@@ -1,6 +1,7 @@
 """wan.py against the formats that people have: diffusers' own files, original names, training checkpoints."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -147,7 +148,7 @@ def test_unreadable(cfg, tmp_path):
     downloads.transformer(cfg).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     lost = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     shutil.move(lost, tmp_path / "elsewhere")
-    refused(tmp_path / "sharded", "Missing key")
+    refused(tmp_path / "sharded", f"no weights at .*{lost.name}")
 
 
 # -- the video codec ----------------------------------------
@@ -319,3 +320,44 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, load, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BadInput, match=r"pip install 'stream-r1\[wan\]'"):
         {"vae": load_vae, "text": load_text, "reward": partial(load_videoalign, video_fps=16)}[load](tmp_path)
+
+
+def test_shards_of_an_older_save_beside_the_index(cfg, ours, tmp_path):
+    """Catches a folder that is read whole where its index names the newer half of it."""
+    downloads.transformer(cfg).save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = open_wan(tmp_path, cfg)
+    part = max(tmp_path.glob("*.safetensors"))
+    old = {k: x + 1 for k, x in load_file(part).items()}
+    save_file(old, tmp_path / "diffusion_pytorch_model-00099-of-00099.safetensors")
+    assert same(open_wan(tmp_path, cfg), expected)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    with pytest.raises(BadInput, match="twice, also in diffusion_pytorch_model-00099"):
+        open_wan(tmp_path, cfg)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
+    with pytest.raises(BadInput, match="no index of shards"):
+        open_wan(tmp_path, cfg)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "pipe.dit.", "pipe.dit._orig_mod.", "blocks."])
+def test_names_behind_other_wrappers(cfg, ours, tmp_path, prefix):
+    """torch.compile's, of a network and of its blocks, and DiffSynth's."""
+    if prefix == "blocks.":
+        named = {re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", k): x for k, x in ours.state_dict().items()}
+    else:
+        named = {prefix + k: x for k, x in ours.state_dict().items()}
+    save_file(named, tmp_path / "x.safetensors")
+    assert same(open_wan(tmp_path / "x.safetensors", cfg), ours)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_down"])
+def test_a_lora_file_says_what_it_is(cfg, tmp_path, part):
+    name = f"diffusion_model.blocks.0.self_attn.q.{part}.weight"
+    save_file({name: torch.ones(4, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="holds LoRA factors"):
+        open_wan(tmp_path / "x.safetensors", cfg)
+
+
+def test_what_does_not_fit_says_what_the_file_holds(cfg, tmp_path):
+    save_file({"unet.conv_in.weight": torch.ones(4)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="Unexpected.*unet.conv_in.weight"):
+        open_wan(tmp_path / "x.safetensors", cfg)
