@@ -368,7 +368,10 @@ def from_words(text: str, typed: dict | None = None) -> Config:
     if typed.get("method", method) != method:
         what = f"method={typed['method']} is not possible with weights of {method}"
         raise BadInput(f"{what}; type the fields it stands for (config.py), such as --taper or --context")
-    return Config(**(made | typed))
+    try:
+        return Config(**(made | typed))
+    except TypeError as error:  # a word where a number should be
+        raise BadInput(f"the config of these weights cannot be used: {error}") from error
 
 
 def cli(main: Callable[[], None]) -> None:
@@ -379,3 +382,5 @@ def cli(main: Callable[[], None]) -> None:
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before or after the loop, which saves
+        sys.exit(130)

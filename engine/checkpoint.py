@@ -126,7 +126,11 @@ def read_header(path: Path) -> dict[str, str]:
             student = Path(path).with_name("student.safetensors")
             raise BadInput(f"{path} is a run's state, to be resumed; its student is {student}") from error
         raise BadInput(f"{path} is not a readable safetensors file: {error}") from error
-    if "kind" not in header or "config" not in header:
+    try:
+        ours = "kind" in header and isinstance(json.loads(header["config"]), dict)
+    except (KeyError, ValueError):
+        ours = False
+    if not ours:
         raise BadInput(f"{path} was not written by this project: its header names no kind and no config")
     return header
 
@@ -239,8 +243,7 @@ def readable(folder: Path) -> Iterator[None]:
 def stop_on_signal() -> list[int]:
     """A list that stays empty until SIGTERM or SIGINT arrives: the loop then saves and ends. A second one
     ends the process at once, unless it is torchrun that hands on the first."""
-    caught: list[int] = []
-    times: list[float] = []
+    caught, times = [], []
 
     def catch(number: int, frame) -> None:
         caught.append(number)

@@ -76,8 +76,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
             for count, frame in enumerate(frames, 1):  # noqa: B007
                 writer.append_data(frame)
         table, _ = ffmpeg("-i", f"file:{path}", *"-map 0:V:0 -c copy -f framecrc -".split())
-        written = sum(not line.startswith(b"#") for line in table.splitlines())
-        if written != count:
+        if (written := sum(not line.startswith(b"#") for line in table.splitlines())) != count:
             raise OSError(f"the encoder left {written} of {count} frames")
     else:
         head, *rest = [Image.fromarray(frame) for frame in frames]

@@ -8,14 +8,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, two cores; torch and every subprocess read it
 
 import torch
-from runs import SMALL
+from runs import random_nets
 
-from codec import Codec
 from config import PRESETS, Config
-from config import build as build_config
-from engine.checkpoint import save_weights
 from model import VideoDiT
-from reward import RewardModel
 
 
 @pytest.fixture
@@ -61,13 +57,4 @@ def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> tor
 @pytest.fixture(scope="session")
 def nets(tmp_path_factory) -> Path:
     """Random nets of one tiny config, saved as pretrain.py would."""
-    folder = tmp_path_factory.mktemp("nets")
-    cfg = build_config("tiny", SMALL)
-    torch.manual_seed(0)
-    for kind, net in (("codec", Codec(cfg)), ("reward", RewardModel(cfg)), ("teacher", VideoDiT(cfg))):
-        for p in net.parameters():
-            p.data += 0.02 * torch.randn_like(p)
-        save_weights(folder / f"{kind}.safetensors", net, cfg, kind)
-    save_weights(folder / "causal.safetensors", net, cfg, "causal")
-    save_weights(folder / "stream_r1.safetensors", net, cfg, "student")
-    return folder
+    return random_nets(tmp_path_factory.mktemp("nets"))

@@ -10,11 +10,28 @@ from pathlib import Path
 import torch
 
 import train
-from config import cli
+from codec import Codec
+from config import build, cli
+from engine.checkpoint import save_weights
+from model import VideoDiT
+from reward import RewardModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(dim=32, heads=2, ffn=32, layers=1, batch=4, critic_steps=1, critic_warmup=1, eval_clips=2)
 KEYS = [f"--{k}={v}" for k, v in SMALL.items()] + ["--device=cpu"]
+
+
+def random_nets(folder) -> Path:
+    """Random nets of one tiny config, saved as pretrain.py would."""
+    cfg = build("tiny", SMALL)
+    torch.manual_seed(0)
+    for kind, net in (("codec", Codec(cfg)), ("reward", RewardModel(cfg)), ("teacher", VideoDiT(cfg))):
+        for p in net.parameters():
+            p.data += 0.02 * torch.randn_like(p)
+        save_weights(folder / f"{kind}.safetensors", net, cfg, kind)
+    save_weights(folder / "causal.safetensors", net, cfg, "causal")
+    save_weights(folder / "stream_r1.safetensors", net, cfg, "student")
+    return folder
 
 
 def command(nets, out, *more) -> list[str]:

@@ -21,7 +21,7 @@ from runs import KEYS, ROOT, call, command, in_process
 import pretrain
 import sample
 import train
-from config import BadInput, build
+from config import BadInput, build, cli
 from engine import checkpoint, sheet
 from run import read_metrics
 
@@ -347,6 +347,18 @@ cli(main)
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"\\u2192 \\u5706\n") and b"\\u5706" in done.stderr
+
+
+def test_words_that_are_no_numbers_in_a_header(tmp_path, nets, refused):
+    """Catches a traceback for weights whose header is damaged, and one for a Ctrl-C before the first step."""
+    header, tensors = checkpoint.read_header(nets / "stream_r1.safetensors"), {"x": torch.ones(1)}
+    made = json.loads(header["config"])
+    for config in ("{", "[1]", json.dumps(made | {"fps": "eight"})):
+        checkpoint.save_file(tensors, tmp_path / "x.safetensors", header | {"config": config})
+        refused(sample, f"--student={tmp_path}/x.safetensors", f"--out={tmp_path}/a.gif")
+    with pytest.raises(SystemExit) as stopped:
+        cli(lambda: signal.raise_signal(signal.SIGINT))
+    assert stopped.value.code == 130
 
 
 def test_a_lost_student_is_written_again(tried, ran, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
 def split_words(text: str, also: str = "") -> list[str]:
     """Words of any script, full-width letters as plain ones, in lower case; digits and emoji are words too.
     Spaces and punctuation, but for the characters `also`, part them."""
-    kinds = [(c, unicodedata.category(c)) for c in unicodedata.normalize("NFKC", text).lower()]
+    kinds = ((c, unicodedata.category(c)) for c in unicodedata.normalize("NFKC", text).lower())
     return "".join(c if k[0] in "LMN" or k == "So" or c in also else " " for c, k in kinds).split()
 
 
