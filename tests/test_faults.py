@@ -356,6 +356,7 @@ def test_words_that_are_no_numbers_in_a_header(tmp_path, nets, refused):
     for config in ("{", "[1]", json.dumps(made | {"fps": "eight"})):
         checkpoint.save_file(tensors, tmp_path / "x.safetensors", header | {"config": config})
         refused(sample, f"--student={tmp_path}/x.safetensors", f"--out={tmp_path}/a.gif")
+    checkpoint.die_on_signal()  # what an earlier test's training caught
     with pytest.raises(SystemExit) as stopped:
         cli(lambda: signal.raise_signal(signal.SIGINT))
     assert stopped.value.code == 130
