@@ -67,19 +67,28 @@ class Rope:
         space = 2 * (head_dim // 6)
         self.widths = (head_dim - 2 * space, space, space)
 
-    def angles(self, frames: Tensor, h: int, w: int) -> Tensor:
-        """Frame positions (f,) and a token grid → (f*h*w, 1, d/2) complex: a turn e^iθ for every token."""
+    def turns(self, frames: Tensor, h: int, w: int) -> Tensor:
+        """Frame positions (f,) and a token grid → (f*h*w, 1, d/2, 2): cos θ and sin θ for every token."""
         device = frames.device
         places = torch.cartesian_prod(frames, *(torch.arange(n, device=device) for n in (h, w)))  # (f*h*w, 3)
         freqs = [10000.0 ** (-torch.arange(0, n, 2, device=device) / n) for n in self.widths]
         angle = torch.cat([places[:, i, None] * f for i, f in enumerate(freqs)], dim=1)[:, None]
-        return torch.polar(torch.ones_like(angle), angle)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x (... n a d) by the tokens' turns (n 1 d/2), in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x (... n a d) by the tokens' turns (... n 1 d/2 2), in fp32.
+
+    A compiler fuses real numbers into what stands around them; without one a complex product is the only
+    way that takes one kernel. The two agree to rounding.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return pairs.flatten(-2).to(x.dtype)
 
 
 # -- what a chunk may see ----------------------------------------
@@ -120,17 +129,17 @@ class ListCache:
                     (k.to(dtype).lerp(new_k.to(dtype), share), v.to(dtype).lerp(new_v.to(dtype), share))
                     for (k, v), (new_k, new_v) in zip(self.chunks[0], oldest, strict=True)
                 ]
-        angles = self._place()
+        turns = self._place()
         layers = [list(zip(*chunks, strict=True)) for chunks in zip(*self.chunks, strict=True)]
         like = kv[0][0].dtype
-        self.keys = [rotate(torch.cat([k.to(like) for k in ks], dim=1), angles) for ks, _ in layers]
+        self.keys = [rotate(torch.cat([k.to(like) for k in ks], dim=1), turns) for ks, _ in layers]
         self.values = [torch.cat([v.to(like) for v in vs], dim=1) for _, vs in layers]
 
     def _place(self) -> Tensor:
-        """Turns of what is remembered; those of the chunk that comes next are kept in `angles`."""
+        """Turns of what is remembered; those of the chunk that comes next are kept in `turns`."""
         places = torch.arange((1 + len(self.chunks)) * self.cfg.chunk_tokens, device=self.device)
-        angles = self.rope.angles(places, *self.cfg.grid)
-        past, self.angles = angles.split([len(angles) - self.cfg.tokens, self.cfg.tokens])
+        turns = self.rope.turns(places, *self.cfg.grid)
+        past, self.turns = turns.split([len(turns) - self.cfg.tokens, self.cfg.tokens])
         return past
 
     def reset(self) -> None:
@@ -159,8 +168,8 @@ class RingCache:
         self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
         # which of what `read` gives and of the current chunk counts; its own tokens, at the end, always do
         self.mask = torch.ones(1, 1, 1, (1 + shape[2]) * cfg.tokens, dtype=torch.bool, device=device)
-        own = self.rope.angles(torch.arange(cfg.chunk_tokens, device=device), *cfg.grid)
-        self.angles = torch.empty_like(own)
+        own = self.rope.turns(torch.arange(cfg.chunk_tokens, device=device), *cfg.grid)
+        self.turns = torch.empty_like(own)
         self.reset()
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -196,9 +205,9 @@ class RingCache:
         order[-1] = self.count.clamp(max=slots)
         within = torch.arange(cfg.chunk_tokens, device=slot.device)
         frames = (order[:, None] * cfg.chunk_tokens + within).flatten()
-        angles = self.rope.angles(frames, *cfg.grid).unflatten(0, (slots + 1, -1))
-        self.keys.copy_(rotate(self.raw, angles[:-1]))
-        self.angles.copy_(angles[-1])
+        turns = self.rope.turns(frames, *cfg.grid).unflatten(0, (slots + 1, -1))
+        self.keys.copy_(rotate(self.raw, turns[:-1]))
+        self.turns.copy_(turns[-1])
         self.mask[..., : -cfg.tokens] = (slot[:-1] < self.count).repeat_interleave(cfg.tokens)
 
     @torch.no_grad()
@@ -237,14 +246,14 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x, angles, past=None, mask=None):
+    def forward(self, x, turns, past=None, mask=None):
         """x (b n a*d); past: keys and values before it; mask: what may be seen of past and own tokens
         → output (b n a*d), own keys before RoPE and values."""
         q, own = self.queries(x), self.read(x)
-        k, v = rotate(own[0], angles), own[1]
+        k, v = rotate(own[0], turns), own[1]
         if past is not None:
             k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(past, (k, v), strict=True))
-        return self.o(_attend(rotate(q, angles), k, v, mask)), own
+        return self.o(_attend(rotate(q, turns), k, v, mask)), own
 
 
 class CrossAttention(Attention):
@@ -278,10 +287,10 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)  # Wan's name; before the cross-attention
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
 
-    def forward(self, x, e, words, angles, past=None, mask=None):
+    def forward(self, x, e, words, turns, past=None, mask=None):
         """x (b n d), e (b f 6 d): the time's shifts, scales and gates → x, own keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(3).unbind(2)
-        y, kv = self.self_attn(_modulate(x, shift1, scale1), angles, past, mask)
+        y, kv = self.self_attn(_modulate(x, shift1, scale1), turns, past, mask)
         x = _gate(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)), words)
         return _gate(x, self.ffn(_modulate(x, shift2, scale2)), gate2), kv
@@ -354,15 +363,15 @@ class VideoDiT(nn.Module):
         x = F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias)  # (b n d)
         if cache is None:
             positions = torch.arange(f * r) if positions is None else positions
-            angles = self.rope.angles(positions[::r].to(xt.device) // r, h, w)
+            turns = self.rope.turns(positions[::r].to(xt.device) // r, h, w)
         else:
-            angles = cache.angles
+            turns = cache.turns
         if mask is not None:
             mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
         seen = cache.mask if cache else mask
         kv = []
         for i, block in enumerate(self.blocks):
-            args = (x, time[1], words[i], angles, cache.read(i) if cache else None, seen)
+            args = (x, time[1], words[i], turns, cache.read(i) if cache else None, seen)
             recompute = self.checkpointing and torch.is_grad_enabled()
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             kv += [own] if cache is not None else []

@@ -287,7 +287,7 @@ def test_ema_sink_equals_its_definition(tiny, model, kind, dtype):
         cache.commit(kv)
     evicted = given[1 : 40 - (cfg.cached_chunks - cfg.sink)]
     assert len(evicted) >= 6
-    angles = Rope(cfg.dim // cfg.heads).angles(torch.arange(cfg.chunk_tokens), *cfg.grid)
+    turns = Rope(cfg.dim // cfg.heads).turns(torch.arange(cfg.chunk_tokens), *cfg.grid)
     for layer in range(cfg.layers):
         sink = [x.double() for x in given[0][layer]]
         for kv in evicted:
@@ -295,7 +295,7 @@ def test_ema_sink_equals_its_definition(tiny, model, kind, dtype):
         keys, values = cache.read(layer)
         rounding = close if dtype == torch.float32 else dict(atol=1e-2, rtol=1e-2)
         first = slice(0, given[0][0][0].shape[1])
-        torch.testing.assert_close(keys[:, first].double(), rotate(sink[0], angles).double(), **rounding)
+        torch.testing.assert_close(keys[:, first].double(), rotate(sink[0], turns).double(), **rounding)
         torch.testing.assert_close(values[:, first].double(), sink[1], **rounding)
         kept = cache.chunks[0][layer] if kind is ListCache else (cache.sink[0, layer], cache.sink[1, layer])
         for mine, exact in zip(kept, sink, strict=True):
@@ -325,12 +325,22 @@ def test_angles_are_exact_whatever_the_networks_precision(tiny, build):
     """Wan's split 44 + 42 + 42 against float64, after the network was cast to bf16: catches frequencies that
     follow it there, where position 80 is wrong by a third of a radian."""
     cfg = replace(tiny, dim=256, heads=2)
-    turns = build(cfg).to(torch.bfloat16).rope.angles(torch.tensor([0, 7, 80]), 2, 3)
+    turns = build(cfg).to(torch.bfloat16).rope.turns(torch.tensor([0, 7, 80]), 2, 3)
     place = torch.cartesian_prod(torch.tensor([0, 7, 80]), torch.arange(2), torch.arange(3)).double()
     freqs = [10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n) for n in (44, 42, 42)]
     angle = torch.cat([place[:, i : i + 1] * f for i, f in enumerate(freqs)], dim=1)[:, None]
-    exact = torch.polar(torch.ones_like(angle), angle)
+    exact = torch.stack([angle.cos(), angle.sin()], -1)
     torch.testing.assert_close(turns.to(exact), exact, atol=2e-5, rtol=0)
+
+
+def test_a_compiler_rotates_as_torch_does(monkeypatch):
+    """Real numbers for a compiler, complex ones without: catches a sign, or pairs that are put back apart."""
+    x = torch.randn(2, 12, 3, 16, generator=torch.Generator().manual_seed(0))
+    turns = Rope(16).turns(torch.arange(2), 2, 3)
+    plain = rotate(x, turns)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, turns), plain, atol=1e-6, rtol=0)
+    assert (plain - x).abs().max() > 0.1
 
 
 def test_only_differences_of_positions_matter(tiny, model):
