@@ -17,6 +17,8 @@ and whoever runs it commits them.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -100,121 +102,130 @@ def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
     return mask, torch.arange(frames).repeat(2)
 
 
-class ListCache:
-    """The readable cache, for training: a list of chunks, sink first, then oldest to newest.
-
-    Nothing is overwritten in place, so a backward pass that recomputes activations sees what the forward pass
-    saw. Positions are relative to the window: the oldest chunk is always at 0, and a stream may run for ever.
+class Cache:
+    """What both caches share: the window [sink | recent chunks | the chunk in hand], of which `filled` chunks
+    are remembered. Positions are relative to it, its first chunk is always at 0: a stream may run for ever.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config):
-        self.rope, self.cfg, self.device = model.rope, cfg, model.patch_embedding.weight.device
+        self.cfg, self.device = cfg, model.patch_embedding.weight.device
+        frames = torch.arange((1 + cfg.cached_chunks) * cfg.chunk_tokens, device=self.device)
+        # of every place in the window (places n 1 d/2 2)
+        self.places = model.rope.turns(frames, *cfg.grid).unflatten(0, (-1, cfg.tokens))
         self.reset()
 
-    mask = None  # everything remembered is seen
+    @property
+    def full(self) -> bool:
+        """From now on every chunk runs the same operations on the same shapes."""
+        return self.filled == self.cfg.cached_chunks
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Rotated keys and values (b m a d) of everything remembered, or None when nothing is."""
-        return (self.keys[layer], self.values[layer]) if self.chunks else None
+    def looks(self) -> list[Callable]:
+        """Per layer the attention of the chunk in hand to what is remembered and to itself."""
+        turns = self.places[self.filled]
+        return [partial(look, turns=turns, join=self.join(i)) for i in range(self.cfg.layers)]
 
     def commit(self, kv: KV) -> None:
         """Remember a chunk. When the window is full the oldest leaves, into the sink if that is an EMA."""
-        cfg = self.cfg
-        self.chunks.append(kv if cfg.kv_grad else [(k.detach(), v.detach()) for k, v in kv])
-        if len(self.chunks) > cfg.cached_chunks:
-            oldest = self.chunks.pop(cfg.sink)
-            if cfg.sink_mode == "ema":
-                dtype, share = SINK_DTYPES[cfg.sink_dtype], 1 - cfg.sink_decay
-                self.chunks[0] = [
-                    (k.to(dtype).lerp(new_k.to(dtype), share), v.to(dtype).lerp(new_v.to(dtype), share))
-                    for (k, v), (new_k, new_v) in zip(self.chunks[0], oldest, strict=True)
-                ]
-        turns = self._place()
-        layers = [list(zip(*chunks, strict=True)) for chunks in zip(*self.chunks, strict=True)]
-        like = kv[0][0].dtype
-        self.keys = [rotate(torch.cat([k.to(like) for k in ks], dim=1), turns) for ks, _ in layers]
-        self.values = [torch.cat([v.to(like) for v in vs], dim=1) for _, vs in layers]
+        self.advance()
+        for layer, (k, v) in enumerate(kv):
+            self.keep(layer, k, v)
 
-    def _place(self) -> Tensor:
-        """Turns of what is remembered; those of the chunk that comes next are kept in `turns`."""
-        places = torch.arange((1 + len(self.chunks)) * self.cfg.chunk_tokens, device=self.device)
-        turns = self.rope.turns(places, *self.cfg.grid)
-        past, self.turns = turns.split([len(turns) - self.cfg.tokens, self.cfg.tokens])
-        return past
+    def advance(self) -> None:
+        """The part of `commit` that all layers share; `keep` is the one of a layer."""
+        self.evicts, self.filled = self.full, min(self.filled + 1, self.cfg.cached_chunks)
+
+
+class ListCache(Cache):
+    """The readable cache, for training: a list of chunks, sink first, then oldest to newest. Nothing is
+    overwritten in place, so a backward pass that recomputes activations sees what the forward pass saw.
+    """
+
+    def join(self, layer: int) -> Callable:
+        """(rotated keys, values) of the chunk in hand → the same of the whole window, (b m a d)."""
+        return partial(_behind, self.keys[layer], self.values[layer])
+
+    def advance(self) -> None:
+        super().advance()
+        self.chunks.append([])
+        self.oldest = self.chunks.pop(self.cfg.sink) if self.evicts else []
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        cfg, like = self.cfg, k.dtype
+        self.chunks[-1].append((k, v) if cfg.kv_grad else (k.detach(), v.detach()))
+        if self.evicts and cfg.sink_mode == "ema":
+            dtype, share = SINK_DTYPES[cfg.sink_dtype], 1 - cfg.sink_decay
+            pairs = zip(self.chunks[0][layer], self.oldest[layer], strict=True)
+            self.chunks[0][layer] = tuple(old.to(dtype).lerp(new.to(dtype), share) for old, new in pairs)
+        ks, vs = zip(*(chunk[layer] for chunk in self.chunks), strict=True)
+        turns = self.places[: self.filled].flatten(0, 1)
+        # joined and rotated once a chunk, not once a pass
+        self.keys[layer] = rotate(torch.cat([k.to(like) for k in ks], dim=1), turns)
+        self.values[layer] = torch.cat([v.to(like) for v in vs], dim=1)
 
     def reset(self) -> None:
-        self.chunks: list[KV] = []
-        # per layer, all chunks joined and rotated: once a chunk, not once a pass
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self._place()
+        self.filled, self.chunks = 0, []
+        self.keys, self.values = ([None] * self.cfg.layers for _ in "kv")
 
 
-class RingCache:
-    """The fast cache: one static buffer a layer, slots [sink | ring], the evicted slot is overwritten in
-    place.
+def _behind(keys: Tensor | None, values: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if keys is None:
+        return k, v
+    return torch.cat([keys.to(k.dtype), k], dim=1), torch.cat([values.to(v.dtype), v], dim=1)
 
-    How full it is and where slots stand are tensors, and empty slots are masked: every chunk runs the same
-    operations on the same shapes without asking the device anything, which is what a CUDA graph needs. No
-    gradient; streaming only.
+
+class RingCache(Cache):
+    """The fast cache: one static buffer a layer, slots [sink | ring | the chunk in hand], or while the window
+    fills, behind what is filled. A pass writes the chunk in hand there, which is nothing that is remembered,
+    and attention reads the buffer as it is: no mask, no copy of the window. A full ring's oldest slot is
+    overwritten in place.
+
+    Which slot that is, is a tensor: once the window is full, every chunk runs the same operations on the same
+    shapes without asking the device anything, which is what a CUDA graph needs. No gradient; streaming only.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
-        device = model.patch_embedding.weight.device
-        shape = (cfg.layers, batch, cfg.cached_chunks, cfg.tokens, cfg.heads, cfg.dim // cfg.heads)
-        self.rope, self.cfg = model.rope, cfg
-        self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
-        self.sink = torch.zeros(2, *shape[:2], *shape[3:], dtype=SINK_DTYPES[cfg.sink_dtype], device=device)
-        self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
-        # which of what `read` gives and of the current chunk counts; its own tokens, at the end, always do
-        self.mask = torch.ones(1, 1, 1, (1 + shape[2]) * cfg.tokens, dtype=torch.bool, device=device)
-        own = self.rope.turns(torch.arange(cfg.chunk_tokens, device=device), *cfg.grid)
-        self.turns = torch.empty_like(own)
-        self.reset()
+        shape = batch, 1 + cfg.cached_chunks, cfg.tokens, cfg.heads, cfg.dim // cfg.heads
+        zeros = partial(torch.zeros, device=model.patch_embedding.weight.device)
+        self.keys, self.values = ([zeros(shape, dtype=dtype) for _ in range(cfg.layers)] for _ in "kv")
+        # of what is remembered: keys before RoPE; and the sink's keys and values
+        self.raw = [zeros(batch, shape[1] - 1, *shape[2:], dtype=dtype) for _ in range(cfg.layers)]
+        ema, sink = cfg.sink_mode == "ema", SINK_DTYPES[cfg.sink_dtype]
+        self.sink = [zeros(2, batch, *shape[2:], dtype=sink) for _ in range(cfg.layers * ema)]
+        self.slot = zeros(1, dtype=torch.long)  # of the newest chunk
+        super().__init__(model, cfg)
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (b m a d) of all slots; `mask` (1 1 1 m+n): which of them are filled."""
-        kv = (self.keys[layer], self.values[layer])
-        return tuple(rearrange(z, "b m n a d -> b (m n) a d") for z in kv)
+    def join(self, layer: int) -> Callable:
+        return partial(self._write, layer, self.filled)
 
-    @torch.no_grad()
-    def commit(self, kv: KV) -> None:
-        cfg, slots = self.cfg, self.cfg.cached_chunks
-        ring = slots - cfg.sink
-        new = [torch.stack(parts) for parts in zip(*kv, strict=True)]  # keys, values: (layers b n a d)
-        slot = torch.where(self.count < slots, self.count, cfg.sink + (self.count - cfg.sink) % ring)[None]
-        if cfg.sink_mode == "ema":
-            evicted = torch.stack([z.index_select(2, slot)[:, :, 0] for z in (self.raw, self.values)])
-            ema = self.sink.lerp(evicted.to(self.sink.dtype), 1 - cfg.sink_decay)
-            first = torch.stack(new).to(self.sink.dtype)
-            kept = torch.where(self.count >= slots, ema, self.sink)
-            self.sink.copy_(torch.where(self.count == 0, first, kept))
-        self.raw.index_copy_(2, slot, new[0].unsqueeze(2).to(self.raw.dtype))
-        self.values.index_copy_(2, slot, new[1].unsqueeze(2).to(self.values.dtype))
-        if cfg.sink_mode == "ema":
-            self.raw[:, :, 0], self.values[:, :, 0] = self.sink[0], self.sink[1]
-        self.count += 1
-        self._place(slots, ring)
+    def _write(self, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        buffers = self.keys[layer], self.values[layer]
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer[:, slot] = new
+        return tuple(buffer[:, : slot + 1].flatten(1, 2) for buffer in buffers)
 
-    def _place(self, slots: int, ring: int) -> None:
-        """Rotate every slot's keys to where it now stands in the window, and place the next chunk behind."""
-        cfg = self.cfg
-        slot = torch.arange(slots + 1, device=self.count.device)
-        age = (slot - self.count) % ring + cfg.sink  # of the ring's slots, once it is full
-        order = torch.where((slot < cfg.sink) | (self.count <= slots), slot, age)
-        order[-1] = self.count.clamp(max=slots)
-        within = torch.arange(cfg.chunk_tokens, device=slot.device)
-        frames = (order[:, None] * cfg.chunk_tokens + within).flatten()
-        turns = self.rope.turns(frames, *cfg.grid).unflatten(0, (slots + 1, -1))
-        self.keys.copy_(rotate(self.raw, turns[:-1]))
-        self.turns.copy_(turns[-1])
-        self.mask[..., : -cfg.tokens] = (slot[:-1] < self.count).repeat_interleave(cfg.tokens)
+    def advance(self) -> None:
+        super().advance()
+        slots, sink = self.cfg.cached_chunks, self.cfg.sink
+        if self.evicts:
+            self.slot.add_(1 - sink).remainder_(slots - sink).add_(sink)
+        else:
+            self.slot.fill_(self.filled - 1)
+        slot = torch.arange(self.filled, device=self.device)
+        age = sink + (slot - self.slot - 1) % (slots - sink)  # in the ring: the newest is the last
+        self.turns = self.places[torch.where((slot < sink) | (self.filled < slots), slot, age)]
 
-    @torch.no_grad()
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        for i, (buffer, new) in enumerate(((self.raw[layer], k), (self.values[layer], v))):
+            if self.sink and self.evicts:
+                oldest, sink = buffer.index_select(1, self.slot)[:, 0], self.sink[layer][i]
+                buffer[:, 0] = sink.lerp_(oldest.to(sink.dtype), 1 - self.cfg.sink_decay)
+            elif self.sink and self.filled == 1:
+                self.sink[layer][i] = new
+            buffer.index_copy_(1, self.slot, new[:, None].to(buffer.dtype))
+        self.keys[layer][:, : self.filled] = rotate(self.raw[layer][:, : self.filled], self.turns)
+
     def reset(self) -> None:
-        self.count.zero_()
-        self.sink.zero_()
-        self._place(self.cfg.cached_chunks, self.cfg.cached_chunks - self.cfg.sink)
+        self.filled = 0
 
 
 # -- the transformer ----------------------------------------
@@ -246,20 +257,24 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x, turns, past=None, mask=None):
-        """x (b n a*d); past: keys and values before it; mask: what may be seen of past and own tokens
-        → output (b n a*d), own keys before RoPE and values."""
-        q, own = self.queries(x), self.read(x)
-        k, v = rotate(own[0], turns), own[1]
-        if past is not None:
-            k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(past, (k, v), strict=True))
-        return self.o(_attend(rotate(q, turns), k, v, mask)), own
+    def forward(self, x, look):
+        """x (b n a*d); look: see there → output (b n a*d), own keys before RoPE and values."""
+        own = self.read(x)
+        return self.o(look(self.queries(x), *own)), own
 
 
 class CrossAttention(Attention):
     def forward(self, x, words):
         """x (b n a*d), keys and values (b l a d) of the text, padding too, as in Wan → (b n a*d)."""
         return self.o(_attend(self.queries(x), *words, None))
+
+
+def look(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, join=None, mask=None) -> Tensor:
+    """Self-attention of tokens (b n a d) that stand where `turns` says → (b n a*d). join: puts own rotated
+    keys and values behind those that are remembered; mask (n n): what may be seen."""
+    k = rotate(k, turns)
+    k, v = join(k, v) if join else (k, v)
+    return _attend(rotate(q, turns), k, v, mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -287,10 +302,10 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)  # Wan's name; before the cross-attention
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
 
-    def forward(self, x, e, words, turns, past=None, mask=None):
+    def forward(self, x, e, words, look):
         """x (b n d), e (b f 6 d): the time's shifts, scales and gates → x, own keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(3).unbind(2)
-        y, kv = self.self_attn(_modulate(x, shift1, scale1), turns, past, mask)
+        y, kv = self.self_attn(_modulate(x, shift1, scale1), look)
         x = _gate(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)), words)
         return _gate(x, self.ffn(_modulate(x, shift2, scale2)), gate2), kv
@@ -364,15 +379,15 @@ class VideoDiT(nn.Module):
         if cache is None:
             positions = torch.arange(f * r) if positions is None else positions
             turns = self.rope.turns(positions[::r].to(xt.device) // r, h, w)
+            if mask is not None:
+                mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
+            looks = [partial(look, turns=turns, mask=mask)] * len(self.blocks)
         else:
-            turns = cache.turns
-        if mask is not None:
-            mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
-        seen = cache.mask if cache else mask
+            looks = cache.looks()
         kv = []
-        for i, block in enumerate(self.blocks):
-            args = (x, time[1], words[i], turns, cache.read(i) if cache else None, seen)
+        for block, *args in zip(self.blocks, words, looks, strict=True):
             recompute = self.checkpointing and torch.is_grad_enabled()
+            args = x, time[1], *args
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             kv += [own] if cache is not None else []
         out = self.head(x, time[0]).float()
