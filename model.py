@@ -59,36 +59,26 @@ def guided_x0(net, xt: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: 
 
 
 # -- positions ----------------------------------------
-class Rope:
-    """3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128).
+def turns_at(frames: Tensor, h: int, w: int, width: int) -> Tensor:
+    """Frame positions (f,), a token grid, a head's width d → every token's cos θ and sin θ (f*h*w 1 d/2 2).
 
-    Frequencies are computed where they are used: as buffers they would follow a network into bf16.
+    3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128). Computed
+    where they are used: as buffers they would follow a network into bf16.
     """
-
-    def __init__(self, head_dim: int):
-        space = 2 * (head_dim // 6)
-        self.widths = (head_dim - 2 * space, space, space)
-
-    def turns(self, frames: Tensor, h: int, w: int) -> Tensor:
-        """Frame positions (f,) and a token grid → (f*h*w, 1, d/2, 2): cos θ and sin θ for every token."""
-        device = frames.device
-        places = torch.cartesian_prod(frames, *(torch.arange(n, device=device) for n in (h, w)))  # (f*h*w, 3)
-        freqs = [10000.0 ** (-torch.arange(0, n, 2, device=device) / n) for n in self.widths]
-        angle = torch.cat([places[:, i, None] * f for i, f in enumerate(freqs)], dim=1)[:, None]
-        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+    device, space = frames.device, 2 * (width // 6)
+    places = torch.cartesian_prod(frames, *(torch.arange(n, device=device) for n in (h, w)))  # (f*h*w, 3)
+    steps = [torch.arange(0, n, 2, device=device) / n for n in (width - 2 * space, space, space)]
+    angle = torch.cat([places[:, i, None] * 10000.0**-step for i, step in enumerate(steps)], dim=1)[:, None]
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x (... n a d) by the tokens' turns (... n 1 d/2 2), in fp32.
-
-    A compiler fuses real numbers into what stands around them; without one a complex product is the only
-    way that takes one kernel. The two agree to rounding.
-    """
+    """Rotate neighbouring pairs of x (... n a d) by the tokens' turns (... n 1 d/2 2), in fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # real numbers fuse with what stands around them
         (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
         pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:
+    else:  # one kernel instead of five or six
         pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
     return pairs.flatten(-2).to(x.dtype)
 
@@ -108,21 +98,31 @@ class Cache:
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config):
-        self.cfg, self.device = cfg, model.patch_embedding.weight.device
-        frames = torch.arange((1 + cfg.cached_chunks) * cfg.chunk_tokens, device=self.device)
-        # of every place in the window (places n 1 d/2 2)
-        self.places = model.rope.turns(frames, *cfg.grid).unflatten(0, (-1, cfg.tokens))
+        frames = torch.arange((1 + cfg.cached_chunks) * cfg.chunk_tokens)
+        turns = turns_at(frames.to(model.patch_embedding.weight.device), *cfg.grid, cfg.dim // cfg.heads)
+        self.places = turns.unflatten(0, (-1, cfg.tokens))  # of every chunk in the window, (m n 1 d/2 2)
+        self.cfg = cfg
         self.reset()
 
     @property
     def full(self) -> bool:
-        """From now on every chunk runs the same operations on the same shapes."""
         return self.filled == self.cfg.cached_chunks
 
-    def looks(self) -> list[Callable]:
-        """Per layer the attention of the chunk in hand to what is remembered and to itself."""
-        turns = self.places[self.filled]
-        return [partial(look, turns=turns, join=self.join(i)) for i in range(self.cfg.layers)]
+    def looks(self, both: bool) -> list[Callable]:
+        """Per layer the attention of the chunk in hand to what is remembered and to itself. Of `both` chunks
+        in a pass, the first is remembered on the way, layer by layer, before the second looks at it."""
+        layers, turns = range(self.cfg.layers), self.places[self.filled]
+        looks = [partial(look, turns=turns, join=self.join(i)) for i in layers]
+        if both:
+            self.advance()
+            looks = [partial(self._look_twice, i, looks[i]) for i in layers]
+        return looks
+
+    def _look_twice(self, layer: int, first: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (q, q2), (k, k2), (v, v2) = (z.chunk(2, dim=1) for z in (q, k, v))
+        out = first(q, k, v)
+        self.keep(layer, k, v)
+        return torch.cat([out, look(q2, k2, v2, self.places[self.filled], self.join(layer))], dim=1)
 
     def commit(self, kv: KV) -> None:
         """Remember a chunk. When the window is full the oldest leaves, into the sink if that is an EMA."""
@@ -142,7 +142,10 @@ class ListCache(Cache):
 
     def join(self, layer: int) -> Callable:
         """(rotated keys, values) of the chunk in hand → the same of the whole window, (b m a d)."""
-        return partial(_behind, self.keys[layer], self.values[layer])
+        if not self.filled:
+            return lambda *own: own
+        past = self.keys[layer], self.values[layer]
+        return lambda *own: [torch.cat([a.to(b.dtype), b], 1) for a, b in zip(past, own, strict=True)]
 
     def advance(self) -> None:
         super().advance()
@@ -164,23 +167,16 @@ class ListCache(Cache):
 
     def reset(self) -> None:
         self.filled, self.chunks = 0, []
-        self.keys, self.values = ([None] * self.cfg.layers for _ in "kv")
-
-
-def _behind(keys: Tensor | None, values: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if keys is None:
-        return k, v
-    return torch.cat([keys.to(k.dtype), k], dim=1), torch.cat([values.to(v.dtype), v], dim=1)
+        self.keys, self.values = [None] * self.cfg.layers, [None] * self.cfg.layers
 
 
 class RingCache(Cache):
-    """The fast cache: one static buffer a layer, slots [sink | ring | the chunk in hand], or while the window
-    fills, behind what is filled. A pass writes the chunk in hand there, which is nothing that is remembered,
-    and attention reads the buffer as it is: no mask, no copy of the window. A full ring's oldest slot is
-    overwritten in place.
+    """The fast cache: one static buffer a layer, slots [sink | ring | the chunk in hand]. A pass writes the
+    chunk in hand behind what is remembered, and attention reads the buffer up to there: no mask, no copy of
+    the window. A full ring's oldest slot is overwritten in place.
 
-    Which slot that is, is a tensor: once the window is full, every chunk runs the same operations on the same
-    shapes without asking the device anything, which is what a CUDA graph needs. No gradient; streaming only.
+    Which slot that is, is a tensor: a full window asks the device nothing, which is what a CUDA graph needs.
+    No gradient; streaming only.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
@@ -195,13 +191,14 @@ class RingCache(Cache):
         super().__init__(model, cfg)
 
     def join(self, layer: int) -> Callable:
-        return partial(self._write, layer, self.filled)
+        buffers, slot = (self.keys[layer], self.values[layer]), self.filled
 
-    def _write(self, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        buffers = self.keys[layer], self.values[layer]
-        for buffer, new in zip(buffers, (k, v), strict=True):
-            buffer[:, slot] = new
-        return tuple(buffer[:, : slot + 1].flatten(1, 2) for buffer in buffers)
+        def join(*own: Tensor) -> list[Tensor]:
+            for buffer, new in zip(buffers, own, strict=True):
+                buffer[:, slot] = new
+            return [buffer[:, : slot + 1].flatten(1, 2) for buffer in buffers]
+
+        return join
 
     def advance(self) -> None:
         super().advance()
@@ -210,7 +207,7 @@ class RingCache(Cache):
             self.slot.add_(1 - sink).remainder_(slots - sink).add_(sink)
         else:
             self.slot.fill_(self.filled - 1)
-        slot = torch.arange(self.filled, device=self.device)
+        slot = torch.arange(self.filled, device=self.slot.device)
         age = sink + (slot - self.slot - 1) % (slots - sink)  # in the ring: the newest is the last
         self.turns = self.places[torch.where((slot < sink) | (self.filled < slots), slot, age)]
 
@@ -330,7 +327,7 @@ class VideoDiT(nn.Module):
         super().__init__()
         dim, size = cfg.dim, (cfg.patch_time, cfg.patch, cfg.patch)
         self.size, self.predict, self.time_freqs = size, cfg.predict, cfg.time_freqs
-        self.checkpointing = cfg.checkpointing
+        self.head_dim, self.checkpointing = dim // cfg.heads, cfg.checkpointing
         self.patch_embedding = nn.Conv3d(cfg.channels, dim, size, stride=size)
         words = nn.Linear(cfg.text_width, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
         self.text_embedding = nn.Sequential(*words)
@@ -338,7 +335,6 @@ class VideoDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.ffn, cfg.heads) for _ in range(cfg.layers))
         self.head = Head(dim, math.prod(size) * cfg.channels)
-        self.rope = Rope(dim // cfg.heads)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -368,7 +364,10 @@ class VideoDiT(nn.Module):
 
     def run(self, xt, t, time, words, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
         """`forward` on times and texts already read, which a stream does once and not once a pass. A time
-        that all samples and frames share may be (1 1)."""
+        that all samples and frames share may be (1 1).
+
+        With a cache xt may hold two chunks, `time` two times: a finished one, whose keys and values go into
+        the cache and nowhere else, and the next one, at t, whose velocity is returned."""
         if cache is not None and mask is not None:
             raise ValueError("a mask is for a pass without a cache: what is remembered is always seen")
         r, p, q = self.size
@@ -378,18 +377,20 @@ class VideoDiT(nn.Module):
         x = F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias)  # (b n d)
         if cache is None:
             positions = torch.arange(f * r) if positions is None else positions
-            turns = self.rope.turns(positions[::r].to(xt.device) // r, h, w)
+            turns = turns_at(positions[::r].to(xt.device) // r, h, w, self.head_dim)
             if mask is not None:
                 mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
             looks = [partial(look, turns=turns, mask=mask)] * len(self.blocks)
         else:
-            looks = cache.looks()
+            looks = cache.looks(both := xt.shape[1] > cache.cfg.chunk)
         kv = []
         for block, *args in zip(self.blocks, words, looks, strict=True):
             recompute = self.checkpointing and torch.is_grad_enabled()
             args = x, time[1], *args
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             kv += [own] if cache is not None else []
+        if cache is not None and both:
+            kv, f, (x, xt, *time) = [], f // 2, (z.chunk(2, dim=1)[1] for z in (x, xt, *time))
         out = self.head(x, time[0]).float()
         out = rearrange(out, "b (f h w) (r p q c) -> b (f r) c (h p) (w q)", f=f, h=h, r=r, p=p, q=q)
         if self.predict == "x":

@@ -27,7 +27,7 @@ def compiled(function: Callable, device: str) -> Callable:
     fast = torch.compile(function, dynamic=False, options={"cpp_wrapper": device == "cpu"})
 
     def run(*args):
-        """`VideoDiT.run`: while the cache of its arguments, the last, fills, shapes change: that is not compiled."""
+        """`VideoDiT.run`, the cache last; while it fills, shapes change, and what runs is not compiled."""
         return (fast if args[-1].full else function)(*args)
 
     return run

@@ -15,7 +15,17 @@ from torch import nn
 import rollout as rollout_module
 from config import PRESETS
 from engine.rng import rng_for
-from model import ListCache, RingCache, Rope, VideoDiT, add_noise, rotate, shift_time, teacher_forcing, to_x0
+from model import (
+    ListCache,
+    RingCache,
+    VideoDiT,
+    add_noise,
+    rotate,
+    shift_time,
+    teacher_forcing,
+    to_x0,
+    turns_at,
+)
 from rollout import rollout, stream
 
 SINKS = {
@@ -287,7 +297,7 @@ def test_ema_sink_equals_its_definition(tiny, model, kind, dtype):
         cache.commit(kv)
     evicted = given[1 : 40 - (cfg.cached_chunks - cfg.sink)]
     assert len(evicted) >= 6
-    turns = Rope(cfg.dim // cfg.heads).turns(torch.arange(cfg.chunk_tokens), *cfg.grid)
+    turns = turns_at(torch.arange(cfg.chunk_tokens), *cfg.grid, cfg.dim // cfg.heads)
     for layer in range(cfg.layers):
         sink = [x.double() for x in given[0][layer]]
         for kv in evicted:
@@ -321,11 +331,10 @@ def test_a_bf16_ema_sink_stands_still(tiny, model, kind):
 # -- positions -----------------------------------------------------------------------------------------------
 
 
-def test_angles_are_exact_whatever_the_networks_precision(tiny, build):
-    """Wan's split 44 + 42 + 42 against float64, after the network was cast to bf16: catches frequencies that
-    follow it there, where position 80 is wrong by a third of a radian."""
-    cfg = replace(tiny, dim=256, heads=2)
-    turns = build(cfg).to(torch.bfloat16).rope.turns(torch.tensor([0, 7, 80]), 2, 3)
+def test_angles_are_exact():
+    """Wan's split 44 + 42 + 42 against float64: catches frequencies in bf16, where position 80 is wrong by a
+    third of a radian."""
+    turns = turns_at(torch.tensor([0, 7, 80]), 2, 3, 128)
     place = torch.cartesian_prod(torch.tensor([0, 7, 80]), torch.arange(2), torch.arange(3)).double()
     freqs = [10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n) for n in (44, 42, 42)]
     angle = torch.cat([place[:, i : i + 1] * f for i, f in enumerate(freqs)], dim=1)[:, None]
@@ -336,7 +345,7 @@ def test_angles_are_exact_whatever_the_networks_precision(tiny, build):
 def test_a_compiler_rotates_as_torch_does(monkeypatch):
     """Real numbers for a compiler, complex ones without: catches a sign, or pairs that are put back apart."""
     x = torch.randn(2, 12, 3, 16, generator=torch.Generator().manual_seed(0))
-    turns = Rope(16).turns(torch.arange(2), 2, 3)
+    turns = turns_at(torch.arange(2), 2, 3, 16)
     plain = rotate(x, turns)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(rotate(x, turns), plain, atol=1e-6, rtol=0)

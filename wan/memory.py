@@ -26,7 +26,7 @@ from config import BadInput, Config, cli, from_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss
 from engine import processes
 from model import ListCache, VideoDiT
-from rollout import Given, denoise_chunk, remember_chunk, step_grid
+from rollout import Given, context_level, denoise_chunk, remember_chunk, step_grid
 from wan.weights import WanCodec
 
 WAN_SIZES = {"1.3b": {}, "14b": dict(dim=5120, ffn=13824, layers=40, heads=40)}
@@ -111,8 +111,8 @@ def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
     given, cache, parts = Given(student, text), ListCache(student, cfg), []
     for k in range(cfg.chunks):
         noise, grid = torch.zeros(len(text), cfg.chunk, *cfg.latent_shape), step_grid(cfg, k)[-1:]
-        x0, kv = denoise_chunk(given, cache, grid, None, True, noise)
-        remember_chunk(given, cache, cfg, grid, None, kv, x0, noise)
+        x0, kv = denoise_chunk(given, cache, grid, True, None, noise)
+        remember_chunk(given, cache, context_level(cfg, grid, True), kv, x0.detach(), noise)
         parts.append(x0)
     return torch.cat(parts, 1)
 
