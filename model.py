@@ -244,12 +244,13 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
 
     def queries(self, x: Tensor) -> Tensor:
-        """(b n a*d) → (b n a d)."""
-        return rearrange(self.norm_q(self.q(x)), "b n (a d) -> b n a d", a=self.heads)
+        """(b n a*d) → (b n a d), cast back after the norm, which CUDA's autocast computes in fp32."""
+        return rearrange(self.norm_q(q := self.q(x)).to(q.dtype), "b n (a d) -> b n a d", a=self.heads)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(b n a*d) → keys, without positions, and values (b n a d)."""
-        k, v = self.norm_k(self.k(x)), self.v(x)
+        k, v = self.k(x), self.v(x)
+        k = self.norm_k(k).to(k.dtype)
         return tuple(rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (k, v))
 
 

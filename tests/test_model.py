@@ -2,6 +2,7 @@
 perturbed."""
 
 import math
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
@@ -26,7 +27,8 @@ from model import (
     to_x0,
     turns_at,
 )
-from rollout import rollout, stream
+from rollout import Given, rollout, stream
+from wan.memory import CudaAutocast
 
 SINKS = {
     "none": dict(sink_mode="none", sink=0, window=3),
@@ -498,6 +500,22 @@ def test_the_cache_carries_no_gradient(tiny, model, monkeypatch, kv_grad, contex
     if context == "clean":  # with "none" a given chunk is remembered by a pass of its own, so its keys differ
         torch.testing.assert_close(again, parts[1], **close)
         assert distance(joint, alone) > 1e-2 if kv_grad else distance(joint, alone) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [ListCache, RingCache])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_cache_has_the_dtype_of_autocast(tiny, model, cuda, kind):
+    """Catches norms that CUDA's autocast computes in fp32, and that make the whole cache fp32."""
+    x, t, text = inputs(tiny, 2)
+    cache = ListCache(model, tiny) if kind is ListCache else RingCache(model, tiny, 2, torch.bfloat16)
+    like_cuda = CudaAutocast() if cuda else nullcontext()
+    with torch.no_grad(), like_cuda, torch.autocast("cpu", torch.bfloat16):
+        cache.commit(model(x, t, text, cache)[1])
+        Given(model, text)(torch.cat([x, x], 1), cache, 0.0, 1.0)  # two chunks
+        cache.commit(model(x, t, text, cache)[1])
+        kv, words = model(x, t, text, cache)[1], tensors_in(model.read_text(text))
+    found = [*cache.keys, *cache.values, *tensors_in(kv), *words]
+    assert {x.dtype for x in found} == {torch.bfloat16}
 
 
 # -- compilation ---------------------------------------------------------------------------------------------

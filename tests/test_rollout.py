@@ -142,9 +142,9 @@ def test_one_pass_over_two_chunks_equals_two(tiny, build, kind, sink, context, t
 
 @pytest.mark.parametrize("exit", [0, 1, None])
 def test_a_training_rollout_may_look_at_two_chunks(tiny, model, exit, monkeypatch):
-    """The same clip and gradient when nothing is remembered on the way; catches a pass with gradient over
-    keys that it has itself put into the cache."""
-    found = []
+    """The same clip and gradient when nothing is remembered on the way; catches a pass that is recomputed for
+    its gradient, and then remembers a second time."""
+    model.checkpointing, found = True, []
     for separately in (False, True):
         if separately:
             monkeypatch.setattr(model, "run", lambda *args, run=model.run: one_by_one(run, *args))

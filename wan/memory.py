@@ -16,10 +16,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from config import BadInput, Config, cli, from_cli
@@ -62,6 +64,16 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
+class CudaAutocast(TorchFunctionMode):
+    """CUDA's autocast computes these norms in fp32. The CPU's, under which a rehearsal runs, does not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu") and function in (F.layer_norm, F.rms_norm):
+            args, kwargs = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, (args, kwargs))
+        return function(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Flags:
     teacher_size: str = "1.3b"  # 1.3b | 14b
@@ -90,7 +102,7 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
 
     `fake`: on tensors without numbers; else for real, which is how a test knows that the two agree.
     """
-    with FakeTensorMode() if fake else nullcontext():
+    with FakeTensorMode() if fake else nullcontext(), CudaAutocast():
         student, critic, frozen = networks(cfg, teacher, sharded)
         autocast = processes.autocast(replace(cfg, device="cpu"))
         with Tally() as first, autocast:
