@@ -28,7 +28,7 @@ from model import (
     turns_at,
 )
 from rollout import Given, rollout, stream
-from wan.memory import CudaAutocast
+from wan.memory import like_cuda
 
 SINKS = {
     "none": dict(sink_mode="none", sink=0, window=3),
@@ -508,8 +508,8 @@ def test_a_cache_has_the_dtype_of_autocast(tiny, model, cuda, kind):
     """Catches norms that CUDA's autocast computes in fp32, and that make the whole cache fp32."""
     x, t, text = inputs(tiny, 2)
     cache = ListCache(model, tiny) if kind is ListCache else RingCache(model, tiny, 2, torch.bfloat16)
-    like_cuda = CudaAutocast() if cuda else nullcontext()
-    with torch.no_grad(), like_cuda, torch.autocast("cpu", torch.bfloat16):
+    norms = like_cuda() if cuda else nullcontext()
+    with torch.no_grad(), norms, torch.autocast("cpu", torch.bfloat16):
         cache.commit(model(x, t, text, cache)[1])
         Given(model, text)(torch.cat([x, x], 1), cache, 0.0, 1.0)  # two chunks
         cache.commit(model(x, t, text, cache)[1])

@@ -14,12 +14,12 @@ import functools
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
@@ -64,14 +64,18 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
-class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast computes these norms in fp32. The CPU's, under which a rehearsal runs, does not."""
+def like_cuda():
+    """CUDA's autocast computes these norms in fp32; the CPU's, under which a rehearsal runs, does not."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if torch.is_autocast_enabled("cpu") and function in (F.layer_norm, F.rms_norm):
-            args, kwargs = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, (args, kwargs))
-        return function(*args, **kwargs)
+    def in_fp32(norm):
+        def run(*args, **more):
+            if torch.is_autocast_enabled("cpu"):
+                args, more = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, (args, more))
+            return norm(*args, **more)
+
+        return run
+
+    return patch.multiple(F, layer_norm=in_fp32(F.layer_norm), rms_norm=in_fp32(F.rms_norm))
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
 
     `fake`: on tensors without numbers; else for real, which is how a test knows that the two agree.
     """
-    with FakeTensorMode() if fake else nullcontext(), CudaAutocast():
+    with FakeTensorMode() if fake else nullcontext(), like_cuda():
         student, critic, frozen = networks(cfg, teacher, sharded)
         autocast = processes.autocast(replace(cfg, device="cpu"))
         with Tally() as first, autocast:
