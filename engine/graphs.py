@@ -20,17 +20,13 @@ from config import BadInput
 
 
 def compiled(function: Callable, device: str) -> Callable:
-    """torch.compile. On a CPU the kernels are called from C++, since calling them from Python
+    """torch.compile for `VideoDiT.run` with a cache. On a CPU the kernels are called from C++, since calling them from Python
     takes a good part of a small network's time. Raises BadInput without a compiler."""
     if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise BadInput("--compile is not possible without a C++ compiler; allowed: with g++, or $CXX")
     fast = torch.compile(function, dynamic=False, options={"cpp_wrapper": device == "cpu"})
-
-    def run(*args):
-        """`VideoDiT.run`, the cache last; while it fills, shapes change, and what runs is not compiled."""
-        return (fast if args[-1].full else function)(*args)
-
-    return run
+    # while the cache, the last argument, fills, shapes change: that is not compiled
+    return lambda *args: (fast if args[-1].full else function)(*args)
 
 
 class CudaGraphs:

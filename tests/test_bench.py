@@ -30,7 +30,7 @@ def test_sampling(monkeypatch, capsys):
 
 
 def test_a_profile(monkeypatch, capsys):
-    """Catches a table of something else than the network, and one that --json would break."""
+    """Catches a table of something else than the network."""
     monkeypatch.setattr(
         sys, "argv", ["bench.py", "tiny", "--device=cpu", "--dim=64", "--layers=2", "--profile"]
     )
