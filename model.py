@@ -12,8 +12,8 @@ exactly, in fp32; the factor 1000 of other code exists only inside the sinusoida
 
 The transformer is Wan2.1's, parameter names included, so that one class serves a toy and the real 1.3B
 weights. It is used in three ways: bidirectional (teacher, critic), under a block-causal mask (causal start),
-and chunk by chunk with a cache (student). A forward pass never writes: it returns its own keys and values,
-and whoever runs it commits them.
+and chunk by chunk with a cache (student). A forward pass changes nothing that is remembered: it returns its
+own keys and values, and whoever runs it commits them; but of two chunks it commits the first on the way.
 """
 
 import math

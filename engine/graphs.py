@@ -20,8 +20,8 @@ from config import BadInput
 
 
 def compiled(function: Callable, device: str) -> Callable:
-    """torch.compile for `VideoDiT.run` with a cache. On a CPU the kernels are called from C++, since calling them from Python
-    takes a good part of a small network's time. Raises BadInput without a compiler."""
+    """torch.compile, for `VideoDiT.run` with a cache. On a CPU the kernels are called from C++, since calling
+    them from Python takes a good part of a small network's time. Raises BadInput without a compiler."""
     if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise BadInput("--compile is not possible without a C++ compiler; allowed: with g++, or $CXX")
     fast = torch.compile(function, dynamic=False, options={"cpp_wrapper": device == "cpu"})
