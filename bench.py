@@ -4,6 +4,7 @@
     python bench.py wan-1.3b --bf16      # the real shapes on random weights: speed does not depend on them
     python bench.py tiny --long=10000    # is chunk 10,000 as fast as chunk 10?
     python bench.py tiny --data=clips    # how fast are --chunks windows of clips read, and read again?
+    python bench.py wan-1.3b --bf16 --profile      # a chunk's time by kernel instead, of each mode
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
 remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from codec import Codec
@@ -37,6 +39,7 @@ class Flags:
     fps: int = 16  # of the deadline that chunks may miss
     compile: bool = False  # a third mode, torch.compile
     long: int = 0  # also compare a stream this many chunks old with a fresh one
+    profile: bool = False  # where a chunk's time goes, kernel by kernel, instead of how fast it is
     json: bool = False  # one line for machines, not a table
 
 
@@ -99,6 +102,8 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
     parts, first = start_stream(student, cfg, how())
     warm = time.perf_counter() - start
+    if flags.profile:
+        return profiled(name, parts, cfg)
     seconds, frames = torch.tensor(seconds_of(parts, cfg, flags.chunks)), cfg.chunk * cfg.time_stride
     row = {"mode": name, "first chunk ms": 1e3 * first, "warm-up s": warm}
     row |= spread("diffusion", seconds, frames)
@@ -124,6 +129,16 @@ def count_flops(parts) -> int:
 def spread(name: str, seconds: Tensor, frames: int) -> dict[str, float]:
     p50, p99 = (1e3 * float(seconds.quantile(q)) for q in (0.5, 0.99))
     return {f"{name} frames/s": 1e3 * frames / p50, f"{name} ms p50": p50, f"{name} ms p99": p99}
+
+
+def profiled(name: str, parts, cfg: Config, count: int = 3) -> dict:
+    """The next chunks of a stream, printed as a table by kernel → a row."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (cfg.device == "cuda")
+    with profile(activities=kinds) as found:
+        seconds = seconds_of(parts, cfg, count)
+    order = f"self_{cfg.device}_time_total"
+    print(f"{name}, {count} chunks", found.key_averages().table(sort_by=order, row_limit=25), sep="\n")
+    return {"mode": name, "profiled ms": 1e3 * sum(seconds) / count}
 
 
 def sampling(cfg: Config, flags: Flags) -> list[dict]:

@@ -37,8 +37,8 @@ class Student:
             raise BadInput(f"frames={frames} is not possible; allowed: 1 or more, or None")
         texts = {0: self.read(prompt).to(self.cfg.device)}
         call = CudaGraphs() if self.cfg.device == "cuda" else directly
-        for video01 in decoded(self.net, self.codec, texts, self.cfg, seed, call=call):
-            video01 = video01[:frames].clone()  # a tensor that a person may compute with
+        for part in decoded(self.net, self.codec, texts, self.cfg, seed, call=call):
+            video01 = part[:frames] / 255
             yield video01
             frames = frames and frames - len(video01)
             if frames == 0:

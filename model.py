@@ -12,11 +12,13 @@ exactly, in fp32; the factor 1000 of other code exists only inside the sinusoida
 
 The transformer is Wan2.1's, parameter names included, so that one class serves a toy and the real 1.3B
 weights. It is used in three ways: bidirectional (teacher, critic), under a block-causal mask (causal start),
-and chunk by chunk with a cache (student). A forward pass never writes: it returns its own keys and values,
-and whoever runs it commits them.
+and chunk by chunk with a cache (student). A forward pass changes nothing that is remembered: it returns its
+own keys and values, and whoever runs it commits them; but of two chunks it commits the first on the way.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,29 +59,28 @@ def guided_x0(net, xt: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: 
 
 
 # -- positions ----------------------------------------
-class Rope:
-    """3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128).
+def turns_at(frames: Tensor, h: int, w: int, width: int) -> Tensor:
+    """Frame positions (f,), a token grid, a head's width d → every token's cos θ and sin θ (f*h*w 1 d/2 2).
 
-    Frequencies are computed where they are used: as buffers they would follow a network into bf16.
+    3-D rotary positions; a head is split over time, rows, columns as in Wan (44, 42, 42 of 128). Computed
+    where they are used: as buffers they would follow a network into bf16.
     """
-
-    def __init__(self, head_dim: int):
-        space = 2 * (head_dim // 6)
-        self.widths = (head_dim - 2 * space, space, space)
-
-    def angles(self, frames: Tensor, h: int, w: int) -> Tensor:
-        """Frame positions (f,) and a token grid → (f*h*w, 1, d/2) complex: a turn e^iθ for every token."""
-        device = frames.device
-        places = torch.cartesian_prod(frames, *(torch.arange(n, device=device) for n in (h, w)))  # (f*h*w, 3)
-        freqs = [10000.0 ** (-torch.arange(0, n, 2, device=device) / n) for n in self.widths]
-        angle = torch.cat([places[:, i, None] * f for i, f in enumerate(freqs)], dim=1)[:, None]
-        return torch.polar(torch.ones_like(angle), angle)
+    device, space = frames.device, 2 * (width // 6)
+    places = torch.cartesian_prod(frames, *(torch.arange(n, device=device) for n in (h, w)))  # (f*h*w, 3)
+    steps = [torch.arange(0, n, 2, device=device) / n for n in (width - 2 * space, space, space)]
+    angle = torch.cat([places[:, i, None] * 10000.0**-step for i, step in enumerate(steps)], dim=1)[:, None]
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x (... n a d) by the tokens' turns (n 1 d/2), in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x (... n a d) by the tokens' turns (... n 1 d/2 2), in fp32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # real numbers fuse with what stands around them
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # one kernel instead of five or six
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return pairs.flatten(-2).to(x.dtype)
 
 
 # -- what a chunk may see ----------------------------------------
@@ -91,121 +92,137 @@ def teacher_forcing(frames: int, chunk: int) -> tuple[Tensor, Tensor]:
     return mask, torch.arange(frames).repeat(2)
 
 
-class ListCache:
-    """The readable cache, for training: a list of chunks, sink first, then oldest to newest.
-
-    Nothing is overwritten in place, so a backward pass that recomputes activations sees what the forward pass
-    saw. Positions are relative to the window: the oldest chunk is always at 0, and a stream may run for ever.
+class Cache:
+    """What both caches share: the window [sink | recent chunks | the chunk in hand], of which `filled` chunks
+    are remembered. Positions are relative to it, its first chunk is always at 0: a stream may run for ever.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config):
-        self.rope, self.cfg, self.device = model.rope, cfg, model.patch_embedding.weight.device
+        frames = torch.arange((1 + cfg.cached_chunks) * cfg.chunk_tokens)
+        turns = turns_at(frames.to(model.patch_embedding.weight.device), *cfg.grid, cfg.dim // cfg.heads)
+        self.places = turns.unflatten(0, (-1, cfg.tokens))  # of every chunk in the window, (m n 1 d/2 2)
+        self.cfg = cfg
         self.reset()
 
-    mask = None  # everything remembered is seen
+    @property
+    def full(self) -> bool:
+        return self.filled == self.cfg.cached_chunks
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Rotated keys and values (b m a d) of everything remembered, or None when nothing is."""
-        return (self.keys[layer], self.values[layer]) if self.chunks else None
+    def looks(self, both: bool) -> list[Callable]:
+        """Per layer the attention of the chunk in hand to what is remembered and to itself. Of `both` chunks
+        in a pass, the first is remembered on the way, layer by layer, before the second looks at it."""
+        layers, turns = range(self.cfg.layers), self.places[self.filled]
+        looks = [partial(look, turns=turns, join=self.join(i)) for i in layers]
+        if both:
+            self.advance()
+            looks = [partial(self._look_twice, i, looks[i]) for i in layers]
+        return looks
+
+    def _look_twice(self, layer: int, first: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (q, q2), (k, k2), (v, v2) = (z.chunk(2, dim=1) for z in (q, k, v))
+        out = first(q, k, v)
+        self.keep(layer, k, v)
+        return torch.cat([out, look(q2, k2, v2, self.places[self.filled], self.join(layer))], dim=1)
 
     def commit(self, kv: KV) -> None:
         """Remember a chunk. When the window is full the oldest leaves, into the sink if that is an EMA."""
-        cfg = self.cfg
-        self.chunks.append(kv if cfg.kv_grad else [(k.detach(), v.detach()) for k, v in kv])
-        if len(self.chunks) > cfg.cached_chunks:
-            oldest = self.chunks.pop(cfg.sink)
-            if cfg.sink_mode == "ema":
-                dtype, share = SINK_DTYPES[cfg.sink_dtype], 1 - cfg.sink_decay
-                self.chunks[0] = [
-                    (k.to(dtype).lerp(new_k.to(dtype), share), v.to(dtype).lerp(new_v.to(dtype), share))
-                    for (k, v), (new_k, new_v) in zip(self.chunks[0], oldest, strict=True)
-                ]
-        angles = self._place()
-        layers = [list(zip(*chunks, strict=True)) for chunks in zip(*self.chunks, strict=True)]
-        like = kv[0][0].dtype
-        self.keys = [rotate(torch.cat([k.to(like) for k in ks], dim=1), angles) for ks, _ in layers]
-        self.values = [torch.cat([v.to(like) for v in vs], dim=1) for _, vs in layers]
+        self.advance()
+        for layer, (k, v) in enumerate(kv):
+            self.keep(layer, k, v)
 
-    def _place(self) -> Tensor:
-        """Turns of what is remembered; those of the chunk that comes next are kept in `angles`."""
-        places = torch.arange((1 + len(self.chunks)) * self.cfg.chunk_tokens, device=self.device)
-        angles = self.rope.angles(places, *self.cfg.grid)
-        past, self.angles = angles.split([len(angles) - self.cfg.tokens, self.cfg.tokens])
-        return past
+    def advance(self) -> None:
+        """The part of `commit` that all layers share; `keep` is the one of a layer."""
+        self.evicts, self.filled = self.full, min(self.filled + 1, self.cfg.cached_chunks)
+
+
+class ListCache(Cache):
+    """The readable cache, for training: a list of chunks, sink first, then oldest to newest. Nothing is
+    overwritten in place, so a backward pass that recomputes activations sees what the forward pass saw.
+    """
+
+    def join(self, layer: int) -> Callable:
+        """(rotated keys, values) of the chunk in hand → the same of the whole window, (b m a d)."""
+        if not self.filled:
+            return lambda *own: own
+        past = self.keys[layer], self.values[layer]
+        return lambda *own: [torch.cat([a.to(b.dtype), b], 1) for a, b in zip(past, own, strict=True)]
+
+    def advance(self) -> None:
+        super().advance()
+        self.chunks.append([])
+        self.oldest = self.chunks.pop(self.cfg.sink) if self.evicts else []
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        cfg, like = self.cfg, k.dtype
+        self.chunks[-1].append((k, v) if cfg.kv_grad else (k.detach(), v.detach()))
+        if self.evicts and cfg.sink_mode == "ema":
+            dtype, share = SINK_DTYPES[cfg.sink_dtype], 1 - cfg.sink_decay
+            pairs = zip(self.chunks[0][layer], self.oldest[layer], strict=True)
+            self.chunks[0][layer] = tuple(old.to(dtype).lerp(new.to(dtype), share) for old, new in pairs)
+        ks, vs = zip(*(chunk[layer] for chunk in self.chunks), strict=True)
+        turns = self.places[: self.filled].flatten(0, 1)
+        # joined and rotated once a chunk, not once a pass
+        self.keys[layer] = rotate(torch.cat([k.to(like) for k in ks], dim=1), turns)
+        self.values[layer] = torch.cat([v.to(like) for v in vs], dim=1)
 
     def reset(self) -> None:
-        self.chunks: list[KV] = []
-        # per layer, all chunks joined and rotated: once a chunk, not once a pass
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self._place()
+        self.filled, self.chunks = 0, []
+        self.keys, self.values = [None] * self.cfg.layers, [None] * self.cfg.layers
 
 
-class RingCache:
-    """The fast cache: one static buffer a layer, slots [sink | ring], the evicted slot is overwritten in
-    place.
+class RingCache(Cache):
+    """The fast cache: one static buffer a layer, slots [sink | ring | the chunk in hand]. A pass writes the
+    chunk in hand behind what is remembered, and attention reads the buffer up to there: no mask, no copy of
+    the window. A full ring's oldest slot is overwritten in place.
 
-    How full it is and where slots stand are tensors, and empty slots are masked: every chunk runs the same
-    operations on the same shapes without asking the device anything, which is what a CUDA graph needs. No
-    gradient; streaming only.
+    Which slot that is, is a tensor: a full window asks the device nothing, which is what a CUDA graph needs.
+    No gradient; streaming only.
     """
 
     def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
-        device = model.patch_embedding.weight.device
-        shape = (cfg.layers, batch, cfg.cached_chunks, cfg.tokens, cfg.heads, cfg.dim // cfg.heads)
-        self.rope, self.cfg = model.rope, cfg
-        self.raw, self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
-        self.sink = torch.zeros(2, *shape[:2], *shape[3:], dtype=SINK_DTYPES[cfg.sink_dtype], device=device)
-        self.count = torch.zeros((), dtype=torch.long, device=device)  # chunks committed so far
-        # which of what `read` gives and of the current chunk counts; its own tokens, at the end, always do
-        self.mask = torch.ones(1, 1, 1, (1 + shape[2]) * cfg.tokens, dtype=torch.bool, device=device)
-        own = self.rope.angles(torch.arange(cfg.chunk_tokens, device=device), *cfg.grid)
-        self.angles = torch.empty_like(own)
-        self.reset()
+        shape = batch, 1 + cfg.cached_chunks, cfg.tokens, cfg.heads, cfg.dim // cfg.heads
+        zeros = partial(torch.zeros, device=model.patch_embedding.weight.device)
+        self.keys, self.values = ([zeros(shape, dtype=dtype) for _ in range(cfg.layers)] for _ in "kv")
+        # of what is remembered: keys before RoPE; and the sink's keys and values
+        self.raw = [zeros(batch, shape[1] - 1, *shape[2:], dtype=dtype) for _ in range(cfg.layers)]
+        ema, sink = cfg.sink_mode == "ema", SINK_DTYPES[cfg.sink_dtype]
+        self.sink = [zeros(2, batch, *shape[2:], dtype=sink) for _ in range(cfg.layers * ema)]
+        self.slot = zeros(1, dtype=torch.long)  # of the newest chunk
+        super().__init__(model, cfg)
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (b m a d) of all slots; `mask` (1 1 1 m+n): which of them are filled."""
-        kv = (self.keys[layer], self.values[layer])
-        return tuple(rearrange(z, "b m n a d -> b (m n) a d") for z in kv)
+    def join(self, layer: int) -> Callable:
+        buffers, slot = (self.keys[layer], self.values[layer]), self.filled
 
-    @torch.no_grad()
-    def commit(self, kv: KV) -> None:
-        cfg, slots = self.cfg, self.cfg.cached_chunks
-        ring = slots - cfg.sink
-        new = [torch.stack(parts) for parts in zip(*kv, strict=True)]  # keys, values: (layers b n a d)
-        slot = torch.where(self.count < slots, self.count, cfg.sink + (self.count - cfg.sink) % ring)[None]
-        if cfg.sink_mode == "ema":
-            evicted = torch.stack([z.index_select(2, slot)[:, :, 0] for z in (self.raw, self.values)])
-            ema = self.sink.lerp(evicted.to(self.sink.dtype), 1 - cfg.sink_decay)
-            first = torch.stack(new).to(self.sink.dtype)
-            kept = torch.where(self.count >= slots, ema, self.sink)
-            self.sink.copy_(torch.where(self.count == 0, first, kept))
-        self.raw.index_copy_(2, slot, new[0].unsqueeze(2).to(self.raw.dtype))
-        self.values.index_copy_(2, slot, new[1].unsqueeze(2).to(self.values.dtype))
-        if cfg.sink_mode == "ema":
-            self.raw[:, :, 0], self.values[:, :, 0] = self.sink[0], self.sink[1]
-        self.count += 1
-        self._place(slots, ring)
+        def join(*own: Tensor) -> list[Tensor]:
+            for buffer, new in zip(buffers, own, strict=True):
+                buffer[:, slot] = new
+            return [buffer[:, : slot + 1].flatten(1, 2) for buffer in buffers]
 
-    def _place(self, slots: int, ring: int) -> None:
-        """Rotate every slot's keys to where it now stands in the window, and place the next chunk behind."""
-        cfg = self.cfg
-        slot = torch.arange(slots + 1, device=self.count.device)
-        age = (slot - self.count) % ring + cfg.sink  # of the ring's slots, once it is full
-        order = torch.where((slot < cfg.sink) | (self.count <= slots), slot, age)
-        order[-1] = self.count.clamp(max=slots)
-        within = torch.arange(cfg.chunk_tokens, device=slot.device)
-        frames = (order[:, None] * cfg.chunk_tokens + within).flatten()
-        angles = self.rope.angles(frames, *cfg.grid).unflatten(0, (slots + 1, -1))
-        self.keys.copy_(rotate(self.raw, angles[:-1]))
-        self.angles.copy_(angles[-1])
-        self.mask[..., : -cfg.tokens] = (slot[:-1] < self.count).repeat_interleave(cfg.tokens)
+        return join
 
-    @torch.no_grad()
+    def advance(self) -> None:
+        super().advance()
+        slots, sink = self.cfg.cached_chunks, self.cfg.sink
+        if self.evicts:
+            self.slot.add_(1 - sink).remainder_(slots - sink).add_(sink)
+        else:
+            self.slot.fill_(self.filled - 1)
+        slot = torch.arange(self.filled, device=self.slot.device)
+        age = sink + (slot - self.slot - 1) % (slots - sink)  # in the ring: the newest is the last
+        self.turns = self.places[torch.where((slot < sink) | (self.filled < slots), slot, age)]
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        for i, (buffer, new) in enumerate(((self.raw[layer], k), (self.values[layer], v))):
+            if self.sink and self.evicts:
+                oldest, sink = buffer.index_select(1, self.slot)[:, 0], self.sink[layer][i]
+                buffer[:, 0] = sink.lerp_(oldest.to(sink.dtype), 1 - self.cfg.sink_decay)
+            elif self.sink and self.filled == 1:
+                self.sink[layer][i] = new
+            buffer.index_copy_(1, self.slot, new[:, None].to(buffer.dtype))
+        self.keys[layer][:, : self.filled] = rotate(self.raw[layer][:, : self.filled], self.turns)
+
     def reset(self) -> None:
-        self.count.zero_()
-        self.sink.zero_()
-        self._place(self.cfg.cached_chunks, self.cfg.cached_chunks - self.cfg.sink)
+        self.filled = 0
 
 
 # -- the transformer ----------------------------------------
@@ -227,30 +244,35 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
 
     def queries(self, x: Tensor) -> Tensor:
-        """(b n a*d) → (b n a d)."""
-        return rearrange(self.norm_q(self.q(x)), "b n (a d) -> b n a d", a=self.heads)
+        """(b n a*d) → (b n a d), cast back after the norm, which CUDA's autocast computes in fp32."""
+        return rearrange(self.norm_q(q := self.q(x)).to(q.dtype), "b n (a d) -> b n a d", a=self.heads)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(b n a*d) → keys, without positions, and values (b n a d)."""
-        k, v = self.norm_k(self.k(x)), self.v(x)
+        k, v = self.k(x), self.v(x)
+        k = self.norm_k(k).to(k.dtype)
         return tuple(rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (k, v))
 
 
 class SelfAttention(Attention):
-    def forward(self, x, angles, past=None, mask=None):
-        """x (b n a*d); past: keys and values before it; mask: what may be seen of past and own tokens
-        → output (b n a*d), own keys before RoPE and values."""
-        q, own = self.queries(x), self.read(x)
-        k, v = rotate(own[0], angles), own[1]
-        if past is not None:
-            k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(past, (k, v), strict=True))
-        return self.o(_attend(rotate(q, angles), k, v, mask)), own
+    def forward(self, x, look):
+        """x (b n a*d); look: see there → output (b n a*d), own keys before RoPE and values."""
+        own = self.read(x)
+        return self.o(look(self.queries(x), *own)), own
 
 
 class CrossAttention(Attention):
     def forward(self, x, words):
         """x (b n a*d), keys and values (b l a d) of the text, padding too, as in Wan → (b n a*d)."""
         return self.o(_attend(self.queries(x), *words, None))
+
+
+def look(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, join=None, mask=None) -> Tensor:
+    """Self-attention of tokens (b n a d) that stand where `turns` says → (b n a*d). join: puts own rotated
+    keys and values behind those that are remembered; mask (n n): what may be seen."""
+    k = rotate(k, turns)
+    k, v = join(k, v) if join else (k, v)
+    return _attend(rotate(q, turns), k, v, mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -278,10 +300,10 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)  # Wan's name; before the cross-attention
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
 
-    def forward(self, x, e, words, angles, past=None, mask=None):
+    def forward(self, x, e, words, look):
         """x (b n d), e (b f 6 d): the time's shifts, scales and gates → x, own keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(3).unbind(2)
-        y, kv = self.self_attn(_modulate(x, shift1, scale1), angles, past, mask)
+        y, kv = self.self_attn(_modulate(x, shift1, scale1), look)
         x = _gate(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)), words)
         return _gate(x, self.ffn(_modulate(x, shift2, scale2)), gate2), kv
@@ -306,7 +328,7 @@ class VideoDiT(nn.Module):
         super().__init__()
         dim, size = cfg.dim, (cfg.patch_time, cfg.patch, cfg.patch)
         self.size, self.predict, self.time_freqs = size, cfg.predict, cfg.time_freqs
-        self.checkpointing = cfg.checkpointing
+        self.head_dim, self.checkpointing = dim // cfg.heads, cfg.checkpointing
         self.patch_embedding = nn.Conv3d(cfg.channels, dim, size, stride=size)
         words = nn.Linear(cfg.text_width, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
         self.text_embedding = nn.Sequential(*words)
@@ -314,7 +336,6 @@ class VideoDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.ffn, cfg.heads) for _ in range(cfg.layers))
         self.head = Head(dim, math.prod(size) * cfg.channels)
-        self.rope = Rope(dim // cfg.heads)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -344,7 +365,10 @@ class VideoDiT(nn.Module):
 
     def run(self, xt, t, time, words, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
         """`forward` on times and texts already read, which a stream does once and not once a pass. A time
-        that all samples and frames share may be (1 1)."""
+        that all samples and frames share may be (1 1).
+
+        With a cache xt may hold two chunks, `time` two times: a finished one, whose keys and values go into
+        the cache and nowhere else, and the next one, at t, whose velocity is returned."""
         if cache is not None and mask is not None:
             raise ValueError("a mask is for a pass without a cache: what is remembered is always seen")
         r, p, q = self.size
@@ -354,18 +378,20 @@ class VideoDiT(nn.Module):
         x = F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias)  # (b n d)
         if cache is None:
             positions = torch.arange(f * r) if positions is None else positions
-            angles = self.rope.angles(positions[::r].to(xt.device) // r, h, w)
+            turns = turns_at(positions[::r].to(xt.device) // r, h, w, self.head_dim)
+            if mask is not None:
+                mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
+            looks = [partial(look, turns=turns, mask=mask)] * len(self.blocks)
         else:
-            angles = cache.angles
-        if mask is not None:
-            mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
-        seen = cache.mask if cache else mask
+            looks = cache.looks(both := xt.shape[1] > cache.cfg.chunk)
         kv = []
-        for i, block in enumerate(self.blocks):
-            args = (x, time[1], words[i], angles, cache.read(i) if cache else None, seen)
+        for block, *args in zip(self.blocks, words, looks, strict=True):
             recompute = self.checkpointing and torch.is_grad_enabled()
+            args = x, time[1], *args
             x, own = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             kv += [own] if cache is not None else []
+        if cache is not None and both:
+            kv, f, (x, xt, *time) = [], f // 2, (z.chunk(2, dim=1)[1] for z in (x, xt, *time))
         out = self.head(x, time[0]).float()
         out = rearrange(out, "b (f h w) (r p q c) -> b (f r) c (h p) (w q)", f=f, h=h, r=r, p=p, q=q)
         if self.predict == "x":

@@ -49,23 +49,25 @@ def rollout_chunks(cfg: Config, *key: int | str) -> int:
 
 
 class Given:
-    """A student with its prompt: what it makes of the text and of a noise level, once a stream, not once a
-    pass. `given(xt, level, cache)` → velocity, keys and values of the chunk x_t (b f c h w)."""
+    """A student with its prompt: what it makes of the text and of noise levels, once a stream, not once a
+    pass. `given(xt, cache, level)` → velocity, keys and values of the chunk x_t (b f c h w); with two chunks
+    and two levels, the first, finished one is remembered on the way, and the velocity is the second's."""
 
     def __init__(self, student: VideoDiT, text: Tensor):
         self.student, self.text = student, text
         # by whether gradient is recorded: a pass with gradient needs a reading with gradient
         self.words: dict[bool, KV] = {}
-        self.times: dict[tuple[bool, float], tuple] = {}
+        self.times: dict[tuple, tuple] = {}
 
-    def __call__(self, xt: Tensor, level: float, cache) -> tuple[Tensor, KV]:
+    def __call__(self, xt: Tensor, cache, *levels: float) -> tuple[Tensor, KV]:
         grad = torch.is_grad_enabled()
         if grad not in self.words:
             self.words[grad] = self.student.read_text(self.text)
-        if (grad, level) not in self.times:
-            t = torch.full((1, 1), level, device=xt.device)
-            self.times[grad, level] = t, self.student.read_time(t)
-        return self.student.run(xt, *self.times[grad, level], self.words[grad], cache)
+        if (grad, levels) not in self.times:
+            ts = [torch.full((1, 1), level, device=xt.device) for level in levels]
+            read = zip(*(self.student.read_time(t) for t in ts), strict=True)
+            self.times[grad, levels] = ts[-1], tuple(torch.cat(parts, 1) for parts in read)
+        return self.student.run(xt, *self.times[grad, levels], self.words[grad], cache)
 
     @torch.no_grad()
     def switch(self, text: Tensor) -> None:
@@ -74,40 +76,46 @@ class Given:
             old[0].copy_(new[0]), old[1].copy_(new[1])
 
 
-def denoise_chunk(given: Given, cache, grid, exit, grad, *noise: Tensor) -> tuple[Tensor, KV]:
-    """Noise of every step, (b f c h w) each → the chunk as predicted at step `exit` (None: the last), its KV.
+def denoise_chunk(given: Given, cache, grid, grad, behind, *inputs: Tensor) -> tuple[Tensor, KV]:
+    """Noise of every step, (b f c h w) each → the chunk as predicted at the grid's last step, that pass' KV.
 
-    A function of tensors alone, without a random draw or a question to the device.
+    behind: the level at which the chunk before is yet to be remembered, which the first pass does on the way,
+    or None. `inputs` then has that chunk and noise for it before the steps' noise. A function of tensors
+    alone, without a random draw or a question to the device.
     """
-    last = len(grid) - 1 if exit is None else min(exit, len(grid) - 1)
+    before = [] if behind is None else [noised(*inputs[:2], behind)]
+    noise = inputs[2 * len(before) :]
     x = noise[0]
-    for i, level in enumerate(grid[: last + 1]):
-        with torch.set_grad_enabled(grad and i == last):
-            v, kv = given(x, level, cache)
+    for i, level in enumerate(grid):
+        with torch.set_grad_enabled(grad and i == len(grid) - 1):
+            chunks, levels = ([*before, x], [behind, level]) if before and not i else ([x], [level])
+            v, kv = given(torch.cat(chunks, 1), cache, *levels)
             x0 = x - level * v
-        if i < last:
+        if i < len(grid) - 1:
             x = (1 - grid[i + 1]) * x0 + grid[i + 1] * noise[i + 1]
     return x0, kv
 
 
-def context_level(cfg: Config, grid: tuple[float, ...]) -> float:
-    return {"clean": 0.0, "noisy": cfg.context_t, "none": grid[-1]}[cfg.context]
+def context_level(cfg: Config, grid: tuple[float, ...], finished: bool = False) -> float | None:
+    """The noise at which later chunks see one; None: a `finished` one as its last pass saw it."""
+    own = None if finished else grid[-1]
+    return {"clean": 0.0, "noisy": cfg.context_t, "none": own}[cfg.context]
+
+
+def noised(x0: Tensor, noise: Tensor, level: float) -> Tensor:
+    return (1 - level) * x0 + level * noise if level else x0
 
 
 @torch.no_grad()
 def context_kv(given: Given, x0, noise, cache, level: float) -> KV:
     """Keys and values of a finished chunk, noised to `level` (0 = clean): the refresh pass."""
-    return given((1 - level) * x0 + level * noise if level else x0, level, cache)[1]
+    return given(noised(x0, noise, level), cache, level)[1]
 
 
-def remember_chunk(given: Given, cache, cfg, grid, exit, kv: KV, x0: Tensor, noise: Tensor) -> None:
-    """Clean, noisy, or ("none") the last step's own keys; after an early exit noised to that level."""
-    finished = exit is None or exit >= len(grid) - 1
-    if cfg.context == "none" and finished:
-        return cache.commit(kv)
-    level = context_level(cfg, grid)
-    fresh = context_kv(given, x0.detach(), noise, cache, level)
-    if cfg.kv_grad:  # as released: the refresh's values, the exit step's gradient
+def remember_chunk(given: Given, cache, level: float | None, kv: KV, x0: Tensor, noise: Tensor) -> None:
+    """By a refresh at `level`; None: by the last step's own keys and values."""
+    fresh = kv if level is None else context_kv(given, x0, noise, cache, level)
+    if cache.cfg.kv_grad and level is not None:  # as released: the refresh's values, the exit step's gradient
         pairs = zip(fresh, kv, strict=True)
         fresh = [(k + (k2 - k2.detach()), v + (v2 - v2.detach())) for (k, v), (k2, v2) in pairs]
     cache.commit(fresh)
@@ -122,7 +130,8 @@ def stream(
     student, text, cfg, rngs, *, past=(), cache=None, call=directly, exit=None, grad_from=None
 ) -> Iterator[Tensor]:
     """Yield one clean chunk (b chunk c h w) after another, for ever: `islice` ends it. A chunk is remembered
-    when the next one is asked for. Memory does not grow: only the window is kept.
+    when the next one is asked for, in the next one's first pass unless that carries gradient. Memory does not
+    grow: only the window is kept.
 
     text: (b l e), or {chunk index: (b l e)} for prompts that change on the way; the cache is then rebuilt
     with the new prompt (LongLive's recache) from the first `sink` chunks and the recent ones. rngs: one
@@ -142,21 +151,28 @@ def stream(
     first = list(past[: cfg.sink])
     recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
     _rebuild(given, [*first, *recent], cache, [rng_for(s, "rebuild") for s in seeds], cfg)
+    behind = None  # what there is to remember of the chunk before
     for index in count():
+        grid, shape = step_grid(cfg, index), (cfg.chunk, *cfg.latent_shape)
+        steps = grid if exit is None else grid[: exit + 1]
+        grad = grad_from is not None and index >= grad_from
+        own = [rng_for(s, len(past) + index) for s in seeds]
+        context, *noise = (randn(own, *shape, device=device) for _ in range(1 + len(steps)))
+        how = call if cache.full else directly  # until then chunks differ in more than their values
         if index and index in texts:
             given.switch(texts[index])
             again = [rng_for(s, "rebuild", index) for s in seeds]
             _rebuild(given, [*first, *recent], cache, again, cfg)
-        grid, shape = step_grid(cfg, index), (cfg.chunk, *cfg.latent_shape)
-        grad = grad_from is not None and index >= grad_from
-        own = [rng_for(s, len(past) + index) for s in seeds]
-        context, *noise = (randn(own, *shape, device=device) for _ in range(1 + len(grid)))
-        denoise = partial(denoise_chunk, given, cache, grid, exit, grad)
-        x0, kv = call(("denoise", grid), denoise, *noise)
+            behind = None
+        elif behind and (behind[1] is None or cfg.kv_grad or grad and len(steps) == 1):
+            how(("remember", behind[0]), partial(remember_chunk, given, cache, *behind[1:3]), *behind[3:])
+            behind = None
+        _, level, _, *before = behind or (None, None, None)
+        denoise = partial(denoise_chunk, given, cache, steps, grad, level)
+        x0, kv = how(("denoise", steps, level), denoise, *before, *noise)
         x0 = x0.clone()  # the next replay of a graph writes where this one wrote
         yield x0
-        remember = partial(remember_chunk, given, cache, cfg, grid, exit, kv)
-        call(("remember", grid), remember, x0, context)
+        behind = steps, context_level(cfg, grid, steps == grid), kv, x0.detach(), context
         (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 

@@ -18,10 +18,12 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +34,7 @@ from engine.checkpoint import read_header, write_atomically
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
 from engine.rng import rng_for
-from engine.sheet import contact_sheet, to_uint8, video_path, write_video
+from engine.sheet import contact_sheet, video_path, write_video
 from model import RingCache
 from networks import load_net
 from rollout import directly, stream
@@ -79,15 +81,17 @@ def main() -> None:
 
     def frames() -> Iterator[np.ndarray]:
         """Frames as they come, enlarged by nearest neighbour."""
-        parts, i = decoded(student, codec, texts, cfg, flags.seed, past, call), 0
-        for chunk in tqdm(range(math.ceil(latents / cfg.chunk)), unit="chunk"):
+        count, i = math.ceil(latents / cfg.chunk), 0
+        parts = decoded(student, codec, texts, cfg, flags.seed, past, call, max(count - len(past), 0))
+        for chunk in tqdm(range(count), unit="chunk"):
             start = time.perf_counter()
-            video01 = next(parts)
+            part = next(parts)
             seconds.extend([time.perf_counter() - start] * (chunk >= len(past)))
-            for frame in video01[: flags.frames - i]:
+            for frame in part[: flags.frames - i]:
                 if i in kept:
-                    kept[i] = frame
-                yield np.kron(to_uint8(frame).numpy(), np.ones((zoom, zoom, 1), np.uint8))
+                    kept[i] = frame / 255
+                pixels = rearrange(frame, "c h w -> h w c").numpy()
+                yield np.kron(pixels, np.ones((zoom, zoom, 1), np.uint8))
                 i += 1
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
@@ -98,13 +102,32 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def decoded(student, codec, texts, cfg: Config, seed: int, past=(), call=directly) -> Iterator[Tensor]:
-    """video01 (F 3 H W) on the CPU: the given chunks, then one new chunk after another, for ever."""
-    decode, rngs = codec.stream(), [rng_for(seed, "sample", 0)]
+def decoded(student, codec, texts, cfg, seed: int, past=(), call=directly, chunks=None) -> Iterator[Tensor]:
+    """Frames as bytes (F 3 H W) on the CPU: the given chunks, then `chunks` new ones, or None: for ever. With
+    CUDA a chunk but for the first is decoded, copied and handed out while the next one is denoised."""
+    decode, rngs, waiting = codec.stream(), [rng_for(seed, "sample", 0)], []
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
-    yield from (decode(x)[0].float().cpu() for x in past)
-    for x in stream(student, texts, cfg, rngs, past=past, cache=cache, call=call):
-        yield decode(x)[0].float().cpu()
+    made = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call)
+    side = torch.cuda.Stream() if cfg.device == "cuda" else None
+    for i, x in enumerate(chain(past, islice(made, chunks), [None] * bool(side))):
+        if x is not None:
+            waiting.append(_copied(decode, x, side))
+        while len(waiting) > bool(side and i and x is not None):
+            frames, done = waiting.pop(0)
+            if done:
+                done.synchronize()
+            yield frames
+
+
+def _copied(decode, x: Tensor, side: torch.cuda.Stream | None) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Begin to decode and to copy a chunk, beside all else on a stream of its own → bytes, and when."""
+    if side:
+        side.wait_stream(torch.cuda.current_stream())
+        x.record_stream(side)
+    with torch.cuda.stream(side):  # None: where we are
+        frames = (decode(x)[0].float().clamp(0, 1) * 255).round().byte()
+        host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=bool(side))
+        return host.copy_(frames, non_blocking=bool(side)), side and side.record_event()
 
 
 def open_networks(preset: str, typed: dict, flags: Flags):

@@ -1,9 +1,9 @@
 """A chunk as CUDA graphs: it then costs what its kernels cost, not what Python needs to launch them.
 
 A small network spends most of its time between kernels; a large one still loses some. `stream` hands every
-chunk's two halves, denoising and remembering, to a `call`; this one captures them and replays them. That is
-possible because with a RingCache a chunk asks the device nothing: how full the window is and where slots
-stand are tensors, prompts are copied into place, and noise comes in from outside.
+chunk's two halves, denoising and remembering, to a `call`, once its window is full; this one captures them
+and replays them. That is possible because with a RingCache a chunk then asks the device nothing: which slot
+is overwritten is a tensor, prompts are copied into place, and noise comes in from outside.
 
 Where there are no CUDA graphs, on a CPU, `compiled` takes most of Python's part away.
 """
@@ -20,11 +20,13 @@ from config import BadInput
 
 
 def compiled(function: Callable, device: str) -> Callable:
-    """torch.compile. On a CPU the kernels are called from C++, since calling them from Python
-    takes a good part of a small network's time. Raises BadInput without a compiler."""
+    """torch.compile, for `VideoDiT.run` with a cache. On a CPU the kernels are called from C++, since calling
+    them from Python takes a good part of a small network's time. Raises BadInput without a compiler."""
     if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise BadInput("--compile is not possible without a C++ compiler; allowed: with g++, or $CXX")
-    return torch.compile(function, options={"cpp_wrapper": device == "cpu"})
+    fast = torch.compile(function, dynamic=False, options={"cpp_wrapper": device == "cpu"})
+    # while the cache, the last argument, fills, shapes change: that is not compiled
+    return lambda *args: (fast if args[-1].full else function)(*args)
 
 
 class CudaGraphs:

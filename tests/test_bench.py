@@ -29,6 +29,16 @@ def test_sampling(monkeypatch, capsys):
     assert min(row[k] for k in ("late : early", "decoded frames/s", "peak MiB", "first chunk ms")) > 0
 
 
+def test_a_profile(monkeypatch, capsys):
+    """Catches a table of something else than the network."""
+    monkeypatch.setattr(
+        sys, "argv", ["bench.py", "tiny", "--device=cpu", "--dim=64", "--layers=2", "--profile"]
+    )
+    cli(bench.main)
+    table = capsys.readouterr().out
+    assert "aten::addmm" in table and "Self CPU" in table and "mode eager | profiled ms" in table
+
+
 def test_a_slow_old_stream_is_seen(monkeypatch):
     """Catches early and late mixed up, or means that a single hiccup moves."""
     cfg, old = build("tiny", {"dim": 32, "heads": 2, "layers": 1, "device": "cpu"}), iter(int, 1)

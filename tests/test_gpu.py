@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from runs import SMALL
 from test_model import SINKS
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import config
@@ -17,7 +18,7 @@ import train
 from engine import processes
 from engine.graphs import CudaGraphs
 from engine.rng import rng_for
-from model import RingCache, VideoDiT
+from model import RingCache, VideoDiT, _attend
 from rollout import directly, rollout, stream
 from wan.shards import shard
 from world.scene import World
@@ -47,8 +48,12 @@ def test_graphs_equal_eager(tiny, build, sink, taper, context):
     model, texts = build(cfg).cuda(), {0: prompt(cfg, 0), 8: prompt(cfg, 1)}
     graphs = CudaGraphs()
     eager, replayed = streamed(model, cfg, texts, directly), streamed(model, cfg, texts, graphs)
-    assert len(graphs.captured) >= 2
+    assert len(graphs.captured) >= 1 + (context == "none")
     assert torch.equal(eager, replayed)
+    apart = streamed(
+        model, replace(cfg, kv_grad=True), texts, directly
+    )  # what is remembered has its own pass
+    assert_close(eager, apart, rtol=1e-3, atol=1e-4)
 
 
 def test_bf16_stays_close(tiny, build):
@@ -56,6 +61,16 @@ def test_bf16_stays_close(tiny, build):
     exact = streamed(model, tiny, texts, directly, chunks=3)
     rough = streamed(model.bfloat16(), tiny, texts, CudaGraphs(), torch.bfloat16, chunks=3)
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"])
+def test_every_attention_is_exact(backend):
+    """A chunk that looks at a filled window, in the strides the cache has; against fp64."""
+    q, k, v = torch.randn(3, 1, 4, 60, 2, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
+    q, k, v = q[:, 0], k.flatten(1, 2), v.flatten(1, 2)
+    exact = _attend(q.double(), k.double(), v.double(), None)
+    with sdpa_kernel(SDPBackend.__members__[backend]):
+        assert_close(_attend(q, k, v, None).double(), exact, rtol=2e-2, atol=2e-2)
 
 
 def test_a_chunk_asks_the_device_nothing(tiny, build):

@@ -14,19 +14,21 @@ import functools
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from config import BadInput, Config, cli, from_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss
 from engine import processes
 from model import ListCache, VideoDiT
-from rollout import Given, denoise_chunk, remember_chunk, step_grid
+from rollout import Given, context_level, denoise_chunk, remember_chunk, step_grid
 from wan.weights import WanCodec
 
 WAN_SIZES = {"1.3b": {}, "14b": dict(dim=5120, ffn=13824, layers=40, heads=40)}
@@ -62,6 +64,20 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
+def like_cuda():
+    """CUDA's autocast computes these norms in fp32; the CPU's, under which a rehearsal runs, does not."""
+
+    def in_fp32(norm):
+        def run(*args, **more):
+            if torch.is_autocast_enabled("cpu"):
+                args, more = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, (args, more))
+            return norm(*args, **more)
+
+        return run
+
+    return patch.multiple(F, layer_norm=in_fp32(F.layer_norm), rms_norm=in_fp32(F.rms_norm))
+
+
 @dataclass(frozen=True)
 class Flags:
     teacher_size: str = "1.3b"  # 1.3b | 14b
@@ -90,7 +106,7 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
 
     `fake`: on tensors without numbers; else for real, which is how a test knows that the two agree.
     """
-    with FakeTensorMode() if fake else nullcontext():
+    with FakeTensorMode() if fake else nullcontext(), like_cuda():
         student, critic, frozen = networks(cfg, teacher, sharded)
         autocast = processes.autocast(replace(cfg, device="cpu"))
         with Tally() as first, autocast:
@@ -111,8 +127,8 @@ def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
     given, cache, parts = Given(student, text), ListCache(student, cfg), []
     for k in range(cfg.chunks):
         noise, grid = torch.zeros(len(text), cfg.chunk, *cfg.latent_shape), step_grid(cfg, k)[-1:]
-        x0, kv = denoise_chunk(given, cache, grid, None, True, noise)
-        remember_chunk(given, cache, cfg, grid, None, kv, x0, noise)
+        x0, kv = denoise_chunk(given, cache, grid, True, None, noise)
+        remember_chunk(given, cache, context_level(cfg, grid, True), kv, x0.detach(), noise)
         parts.append(x0)
     return torch.cat(parts, 1)
 

@@ -82,7 +82,9 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     if foreign and (what := not_finite(student.state_dict())):
         raise BadInput(f"{path} cannot be used: {what}")
     text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
-    return cfg, student, load_vae(flags.wan), lambda prompt: text([prompt])
+    codec = load_vae(flags.wan)
+    codec.vae.to(torch.bfloat16 if cfg.bf16 else torch.float32)
+    return cfg, student, codec, lambda prompt: text([prompt])
 
 
 def is_ours(path: Path) -> bool:

@@ -145,7 +145,7 @@ class WanCodec(nn.Module):
     """Wan2.1's causal VAE behind `Codec`'s interface: pixels (b F 3 H W) in [0, 1], F = 1 + 4 k, ↔ latents
     (b f 16 H/8 W/8), f = 1 + k, standardised per channel with Wan's own means and deviations.
 
-    Latent 0 is frame 0 alone, latent k is frames 4k-3 ... 4k. `vae`: diffusers' AutoencoderKLWan.
+    Latent 0 is frame 0 alone, latent k is frames 4k-3 ... 4k. `vae`: diffusers' AutoencoderKLWan, any dtype.
     """
 
     time_stride = 4
@@ -163,7 +163,8 @@ class WanCodec(nn.Module):
         if low < -1e-3 or high > 1 + 1e-3 or video01.shape[1] % 4 != 1:
             what = f"{video01.shape[1]} frames within [{low:.3f}, {high:.3f}]"
             raise ValueError(f"{what}; needed: 1 + 4 k in [0, 1]")
-        z = self.vae.encode(rearrange(video01, "b f c h w -> b c f h w") * 2 - 1).latent_dist.mode()
+        pixels = rearrange(video01, "b f c h w -> b c f h w") * 2 - 1
+        z = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
         return (rearrange(z, "b c f h w -> b f c h w") - self.mean) / self.std
 
     def decode(self, x: Tensor) -> Tensor:
@@ -179,7 +180,8 @@ class WanCodec(nn.Module):
 
         def decode_next(x: Tensor) -> Tensor:
             nonlocal seen
-            z = self.vae.post_quant_conv(rearrange(x * self.std + self.mean, "b f c h w -> b c f h w"))
+            z = rearrange(x * self.std + self.mean, "b f c h w -> b c f h w")
+            z = self.vae.post_quant_conv(z.to(self.vae.dtype))
             frames = []
             for latent in z.split(1, dim=2):
                 args = (latent, seen == 0, list(memory))
@@ -188,7 +190,7 @@ class WanCodec(nn.Module):
                 frames.append(one[0])
                 memory[:] = one[1]
                 seen += 1
-            return (rearrange(torch.cat(frames, 2), "b c f h w -> b f c h w") / 2 + 0.5).clamp(0, 1)
+            return (rearrange(torch.cat(frames, 2), "b c f h w -> b f c h w").float() / 2 + 0.5).clamp(0, 1)
 
         return decode_next
 

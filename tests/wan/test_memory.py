@@ -27,7 +27,9 @@ def test_tally_by_hand():
         assert (tally.now, tally.peak) == (0, 800_000)
 
 
-@pytest.mark.parametrize("change", [{}, {"checkpointing": True}, {"bf16": True}, {"window": 0, "sink": 0}])
+@pytest.mark.parametrize(
+    "change", [{}, {"checkpointing": True}, {"bf16": True, "checkpointing": True}, {"window": 0, "sink": 0}]
+)
 def test_rehearsed_without_numbers_equals_for_real(tiny, change):
     change = change | ({"sink_mode": "none"} if "window" in change else {})
     cfg = replace(tiny, layers=1, **change)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -190,6 +191,16 @@ def test_codec_streams(vae, video01, parts):
     torch.testing.assert_close(torch.cat(pieces, 1), codec.decode(x), atol=1e-6, rtol=1e-6)
     again = codec.stream()(x[:, :1])
     torch.testing.assert_close(again, pieces[0][:, :1], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_codec_in_bf16(vae, video01):
+    """Catches latents that are standardised, or pixels that are scaled, in bf16."""
+    exact, rough = (WanCodec(net) for net in (vae, deepcopy(vae).bfloat16()))
+    x = exact.encode(video01)
+    assert rough.encode(video01).dtype == rough.decode(x).dtype == torch.float32
+    torch.testing.assert_close(rough.encode(video01), x, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(rough.decode(x), exact.decode(x), atol=0.05, rtol=0)
 
 
 def test_codec_is_differentiable(vae, video01):
