@@ -101,7 +101,7 @@ class Cache:
         frames = torch.arange((1 + cfg.cached_chunks) * cfg.chunk_tokens)
         turns = turns_at(frames.to(model.patch_embedding.weight.device), *cfg.grid, cfg.dim // cfg.heads)
         self.places = turns.unflatten(0, (-1, cfg.tokens))  # of every chunk in the window, (m n 1 d/2 2)
-        self.cfg = cfg
+        self.cfg, self.layers = cfg, range(len(model.blocks))
         self.reset()
 
     @property
@@ -111,11 +111,11 @@ class Cache:
     def looks(self, both: bool) -> list[Callable]:
         """Per layer the attention of the chunk in hand to what is remembered and to itself. Of `both` chunks
         in a pass, the first is remembered on the way, layer by layer, before the second looks at it."""
-        layers, turns = range(self.cfg.layers), self.places[self.filled]
-        looks = [partial(look, turns=turns, join=self.join(i)) for i in layers]
+        turns = self.places[self.filled]
+        looks = [partial(look, turns=turns, join=self.join(i)) for i in self.layers]
         if both:
             self.advance()
-            looks = [partial(self._look_twice, i, looks[i]) for i in layers]
+            looks = [partial(self._look_twice, i, looks[i]) for i in self.layers]
         return looks
 
     def _look_twice(self, layer: int, first: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class ListCache(Cache):
 
     def reset(self) -> None:
         self.filled, self.chunks = 0, []
-        self.keys, self.values = [None] * self.cfg.layers, [None] * self.cfg.layers
+        self.keys, self.values = ([None for _ in self.layers] for _ in "kv")
 
 
 class RingCache(Cache):
@@ -182,11 +182,11 @@ class RingCache(Cache):
     def __init__(self, model: "VideoDiT", cfg: Config, batch: int, dtype=torch.float32):
         shape = batch, 1 + cfg.cached_chunks, cfg.tokens, cfg.heads, cfg.dim // cfg.heads
         zeros = partial(torch.zeros, device=model.patch_embedding.weight.device)
-        self.keys, self.values = ([zeros(shape, dtype=dtype) for _ in range(cfg.layers)] for _ in "kv")
+        self.keys, self.values = ([zeros(shape, dtype=dtype) for _ in model.blocks] for _ in "kv")
         # of what is remembered: keys before RoPE; and the sink's keys and values
-        self.raw = [zeros(batch, shape[1] - 1, *shape[2:], dtype=dtype) for _ in range(cfg.layers)]
+        self.raw = [zeros(batch, shape[1] - 1, *shape[2:], dtype=dtype) for _ in model.blocks]
         ema, sink = cfg.sink_mode == "ema", SINK_DTYPES[cfg.sink_dtype]
-        self.sink = [zeros(2, batch, *shape[2:], dtype=sink) for _ in range(cfg.layers * ema)]
+        self.sink = [zeros(2, batch, *shape[2:], dtype=sink) for _ in model.blocks if ema]
         self.slot = zeros(1, dtype=torch.long)  # of the newest chunk
         super().__init__(model, cfg)
 

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from config import ROOT, BadInput, cli, read_cli
-from engine.checkpoint import read_metrics, writable_folder, write_atomically
+from engine.checkpoint import writable_folder, write_atomically
 from engine.sheet import contact_sheet
+from run import read_metrics
 from study.figures import BLUE, CURVES, GREY, canvas, finish
 from study.rows import as_flag
 
