@@ -1,11 +1,10 @@
 """A chunk as CUDA graphs: it then costs what its kernels cost, not what Python needs to launch them.
 
-A small network spends most of its time between kernels; a large one still loses some. `stream` hands every
-chunk's two halves, denoising and remembering, to a `call`, once its window is full; this one captures them
-and replays them. That is possible because with a RingCache a chunk then asks the device nothing: which slot
-is overwritten is a tensor, prompts are copied into place, and noise comes in from outside.
+A small network spends most of its time between kernels. `stream` hands its work to a `call` once its window
+is full; this one captures and replays it. That is possible because a chunk with a RingCache asks the device
+nothing: a tensor names the slot to overwrite, prompts are copied into place, noise comes in from outside.
 
-Where there are no CUDA graphs, on a CPU, `compiled` takes most of Python's part away.
+On a CPU, without CUDA graphs, `compiled` takes most of Python's part away.
 """
 
 import os
@@ -20,12 +19,11 @@ from config import BadInput
 
 
 def compiled(function: Callable, device: str) -> Callable:
-    """torch.compile, for `VideoDiT.run` with a cache. On a CPU the kernels are called from C++, since calling
-    them from Python takes a good part of a small network's time. Raises BadInput without a compiler."""
+    """torch.compile, for `VideoDiT.run` with a full cache: while it fills, shapes change. On a CPU kernels
+    are called from C++: from Python that takes long for a small network. Raises BadInput without g++."""
     if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise BadInput("--compile is not possible without a C++ compiler; allowed: with g++, or $CXX")
     fast = torch.compile(function, dynamic=False, options={"cpp_wrapper": device == "cpu"})
-    # while the cache, the last argument, fills, shapes change: that is not compiled
     return lambda *args: (fast if args[-1].full else function)(*args)
 
 
