@@ -9,7 +9,7 @@ an argument: the number of steps per chunk, and what later chunks get to see of 
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import torch
 from torch import Tensor
@@ -112,11 +112,12 @@ def context_kv(given: Given, x0, noise, cache, level: float) -> KV:
     return given(noised(x0, noise, level), cache, level)[1]
 
 
-def remember_chunk(given: Given, cache, level: float | None, kv: KV, x0: Tensor, noise: Tensor) -> None:
-    """By a refresh at `level`; None: by the last step's own keys and values."""
-    fresh = kv if level is None else context_kv(given, x0, noise, cache, level)
+def remember_chunk(given: Given, cache, level: float | None, x0, noise, *last: Tensor) -> None:
+    """By a refresh at `level`; None: by the `last` step's own keys and values, in turn."""
+    own = [*zip(last[::2], last[1::2], strict=True)]
+    fresh = own if level is None else context_kv(given, x0, noise, cache, level)
     if cache.cfg.kv_grad and level is not None:  # as released: the refresh's values, the exit step's gradient
-        pairs = zip(fresh, kv, strict=True)
+        pairs = zip(fresh, own, strict=True)
         fresh = [(k + (k2 - k2.detach()), v + (v2 - v2.detach())) for (k, v), (k2, v2) in pairs]
     cache.commit(fresh)
 
@@ -165,14 +166,14 @@ def stream(
             _rebuild(given, [*first, *recent], cache, again, cfg)
             behind = None
         elif behind and (behind[1] is None or cfg.kv_grad or grad and len(steps) == 1):
-            how(("remember", behind[0]), partial(remember_chunk, given, cache, *behind[1:3]), *behind[3:])
+            how(("remember", behind[0]), partial(remember_chunk, given, cache, behind[1]), *behind[2:])
             behind = None
-        _, level, _, *before = behind or (None, None, None)
+        _, level, *before = behind or (None, None)
         denoise = partial(denoise_chunk, given, cache, steps, grad, level)
-        x0, kv = how(("denoise", steps, level), denoise, *before, *noise)
+        x0, kv = how(("denoise", steps, level), denoise, *before[:2], *noise)
         x0 = x0.clone()  # the next replay of a graph writes where this one wrote
         yield x0
-        behind = steps, context_level(cfg, grid, steps == grid), kv, x0.detach(), context
+        behind = steps, context_level(cfg, grid, steps == grid), x0.detach(), context, *chain(*kv)
         (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 

@@ -14,6 +14,7 @@ import functools
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from unittest.mock import patch
 
 import torch
@@ -128,7 +129,7 @@ def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
     for k in range(cfg.chunks):
         noise, grid = torch.zeros(len(text), cfg.chunk, *cfg.latent_shape), step_grid(cfg, k)[-1:]
         x0, kv = denoise_chunk(given, cache, grid, True, None, noise)
-        remember_chunk(given, cache, context_level(cfg, grid, True), kv, x0.detach(), noise)
+        remember_chunk(given, cache, context_level(cfg, grid, True), x0.detach(), noise, *chain(*kv))
         parts.append(x0)
     return torch.cat(parts, 1)
 
