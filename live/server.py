@@ -238,14 +238,12 @@ class Viewer:
             self.took.clear()
 
     async def show(self, chunk: Chunk, ready: float) -> None:
-        """Its frames, each at its time, until another start is asked for."""
+        """Its frames, each at its time."""
         self.news = chunk.about | {"prompt": chunk.wish.prompt, "steps": chunk.wish.steps}
         for i, jpeg in enumerate(chunk.frames):
             await self.running.wait()
             due, gap = self.due or max(time.monotonic(), ready), 1 / self.rate
             await asyncio.sleep(shown_at(due, ready, self.last, gap) - time.monotonic())
-            if chunk.wish.run != self.wish.run:
-                return
             self.last = time.monotonic()
             self.due = due + gap if self.last - due < LOST else None
             self.times.append((due, ready, self.last))

@@ -17,13 +17,14 @@ const send = connect({
     ink.imageSmoothingEnabled = zoom === 1;
     $("map").replaceChildren(...hello.maps.map((name) => new Option(name === "fused" ? "all axes" : name, name)));
     for (const id of ["where", "map", "when", "rewards"]) $(id).disabled = !hello.maps.length;
-    if (!hello.maps.length) $("note").textContent = "There is no reward network beside the codec.";
+    explain();
     $("prompt").value ||= hello.prompt;
     offer(hello.words);
     begin();
   },
   line(place) {
-    status(place ? `place ${place} in line: all ${hello.streams} streams are taken` : "live", !place);
+    if (place) status(`place ${place} in line: all ${hello.streams} streams are taken`, false);
+    else status(paused ? "paused" : "live", !paused);
   },
   lost(why) {
     status(why, false);
@@ -98,6 +99,7 @@ for (const id of Object.keys(shown)) {
   $(id).onclick = () => {
     shown[id] = press(id);
     $("curve").hidden = !shown.rewards;
+    explain();
     look();
     draw();
   };
@@ -176,7 +178,7 @@ function news(head) {
   $("slow").textContent = less
     ? `Fewer steps, ${head.steps} of ${hello.steps}, to keep up with ${speed()} frames/s.`
     : `This machine makes ${head.can.toFixed(1)} of ${speed()} frames/s: frames come late.`;
-  if (shown.memory || shown.rewards || shown.when) explain();
+  explain();
 }
 
 function explain() {
@@ -185,7 +187,7 @@ function explain() {
     if (sink.length) parts.push(`sink: chunk ${sink.join(", ")}` + (averaged ? ` and the average of ${averaged} later ones` : ""));
     if (ring.length) parts.push(`ring: chunk ${ring.join(", ")}`);
     $("note").textContent = `Chunk ${facts.chunk} attends to itself${parts.map((part) => "; " + part).join("")}.`;
-  } else $("note").textContent = "";
+  } else $("note").textContent = hello.maps.length ? "" : "There is no reward network beside the codec.";
 }
 
 function remember(chunk, image) {
@@ -206,7 +208,6 @@ function draw() {
   if (shown.when && facts.time) bars(facts.time, w, h);
   if (shown.memory && facts.sink) boxes(w);
   if (shown.rewards) curve();
-  if (!shown.memory) explain();
 }
 
 function heat(map, rows, columns, w, h) {
