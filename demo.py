@@ -11,7 +11,6 @@ Enter changes the prompt without a cut: the cache is rebuilt with it, the pictur
 
 from engine import openmp  # isort: skip  (before torch loads)
 
-import socket
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +19,10 @@ import torch
 
 from config import ROOT, BadInput, Config, cli, read_cli
 from engine.checkpoint import read_header
-from live.overlay import MAPS
-from live.show import Show, memory, mp4
+from live.show import Show, about, memory, mp4
 from networks import load_net
-from rollout import step_grid
 from sample import find_codec, open_networks
-from world.words import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS
-
-PROMPT = "a red circle moving left slowly on a black background"
-_KINDS = "colour shape motion speed background".split()
-WORDS = {
-    k: [*words] for k, words in zip(_KINDS, (COLOURS, SHAPES, MOTIONS, SPEEDS, BACKGROUNDS), strict=True)
-}
+from world.words import KINDS
 
 
 @dataclass(frozen=True)
@@ -47,17 +38,6 @@ class Flags:
     wan: str = ""  # Wan2.1 in diffusers' format: codec and text
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Raises BadInput, before the networks are opened."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
-        raise BadInput(
-            f"--host={host} --port={port} is not possible: {error}; allowed: a free port"
-        ) from error
-
-
 def look_inside(flags: Flags, cfg: Config):
     """→ the reward beside the codec, if there is one, and the words of prompts, by kind."""
     if flags.wan:
@@ -66,13 +46,13 @@ def look_inside(flags: Flags, cfg: Config):
     header = read_header(path)
     beside = find_codec(flags.codec, path, header).with_name("reward.safetensors")
     reward = load_net(beside, cfg, "reward").requires_grad_(False) if beside.exists() else None
-    return reward, {"word": header.get("vocabulary", "").split()} if cfg.data else WORDS
+    return reward, {"word": header.get("vocabulary", "").split()} if cfg.data else KINDS
 
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     try:
-        from live.server import Studio, application, serve
+        from live.server import Studio, application, listen, serve
     except ModuleNotFoundError as error:
         raise BadInput(f"demo.py needs {error.name}: pip install -e '.[demo]'") from error
     if not (1 <= flags.streams <= 64 and 0 <= flags.deadline <= 60):
@@ -83,14 +63,8 @@ def main() -> None:
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # of every stream
     student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
     codec, (reward, words) = codec.to(cfg.device), look_inside(flags, cfg)
-    hello = {
-        "preset": cfg.preset, "size": [cfg.height, cfg.width], "fps": cfg.fps, "words": words,
-        "streams": flags.streams, "rate": flags.deadline or cfg.fps, "chunk": cfg.chunk * cfg.time_stride,
-        "steps": len(step_grid(cfg, cfg.frames)), "adapt": flags.adapt, "maps": [*MAPS] if reward else [],
-        "prompt": "" if words is not WORDS else PROMPT,
-    }  # fmt: skip
     studio = Studio(
-        hello,
+        about(cfg, words, reward, flags.streams, flags.deadline, flags.adapt),
         read=lambda prompt: read(prompt).to(cfg.device),
         open=partial(Show, cfg, student, codec, reward),
         save=partial(mp4, fps=cfg.fps, zoom=max(1, 256 // min(cfg.height, cfg.width))),

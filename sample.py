@@ -35,7 +35,7 @@ from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
 from engine.rng import rng_for
 from engine.sheet import contact_sheet, video_path, write_video
-from live.pace import played
+from live.pace import in_words, played
 from model import RingCache
 from networks import load_net
 from rollout import directly, stream
@@ -232,9 +232,7 @@ def report(made: list[tuple[float, int]], cfg: Config, files: str, how: str) -> 
     first, frames = f"first frame after {seconds[0] * 1000:.0f} ms", cfg.chunk * cfg.time_stride
     print(f"{first}; {frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})")
     print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    even = played(seconds, counts, cfg.fps)
-    jitter = f"jitter p50 {1000 * even['p50']:.0f} ms, p99 {1000 * even['p99']:.0f} ms"
-    print(f"played at {cfg.fps} frames/s: {even['late']} of {sum(counts)} frames late, {jitter}")
+    print(in_words(played(seconds, counts, cfg.fps), sum(counts), cfg.fps))
     print(files)
 
 

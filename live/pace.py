@@ -42,6 +42,11 @@ def played(seconds: Sequence[float], frames: Sequence[int], rate: float) -> dict
     return figures(due, ready, shown, 1 / rate)
 
 
+def in_words(found: dict, frames: int, rate: float) -> str:
+    jitter = f"jitter p50 {1000 * found['p50']:.0f} ms, p99 {1000 * found['p99']:.0f} ms"
+    return f"played at {rate:g} frames/s: {found['late']} of {frames} frames late, {jitter}"
+
+
 def fitting_steps(steps: int, most: int, took: Sequence[float], period: float) -> int:
     """Denoising steps for the next chunks, from the seconds that chunks of `steps` `took` and the `period`
     that playback leaves them: one fewer if most of the last three were too slow, one more if the last eight

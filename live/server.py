@@ -307,6 +307,16 @@ def application(studio: Studio, streams: int, bound: str) -> Starlette:
     return Starlette(routes=[*routes, WebSocketRoute("/stream", talk)])
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Raises BadInput: before the networks are opened."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        where = f"--host={host} --port={port} is not possible"
+        raise BadInput(f"{where}: {error}; allowed: a free port") from error
+
+
 def serve(app: Starlette, listening: socket.socket) -> None:
     """Until SIGTERM or Ctrl-C: viewers are told by their connection's end (1012), then this returns."""
     # small messages alone; a viewer that answers no ping for that long has left

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from config import Config
 from engine.graphs import CudaGraphs
 from engine.processes import largest_process
 from engine.rng import rng_for
 from engine.sheet import to_uint8, write_video
-from live.overlay import judged, remembered
+from live.overlay import MAPS, judged, remembered
 from model import RingCache
 from rollout import directly, step_grid, stream
+from world.words import KINDS
 
 _GPU = threading.Lock()  # while a graph is captured nobody else may use it
 
@@ -98,6 +100,16 @@ class Show:
         frames = [jpeg(frame) for frame in to_uint8(video01).numpy()]
         about["chunk"], self.number, self.index = self.number, self.number + 1, self.index + 1
         return Chunk(wish, frames, [m.tobytes() for m in maps], time.monotonic() - begin, about)
+
+
+def about(cfg: Config, words: dict, reward, streams: int, deadline: int, adapt: bool) -> dict:
+    """What a page has to know before the first frame."""
+    return {
+        "preset": cfg.preset, "size": [cfg.height, cfg.width], "fps": cfg.fps, "rate": deadline or cfg.fps,
+        "chunk": cfg.chunk * cfg.time_stride, "steps": len(step_grid(cfg, cfg.frames)), "adapt": adapt,
+        "streams": streams, "words": words, "maps": [*MAPS] if reward else [],
+        "prompt": "a red circle moving left slowly on a black background" if words is KINDS else "",
+    }  # fmt: skip
 
 
 def jpeg(frame: np.ndarray) -> bytes:

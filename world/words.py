@@ -20,7 +20,11 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "sti
 SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels per frame on a 32-pixel canvas
 BACKGROUNDS = {"black": 0.05, "grey": 0.25, "white": 0.95}
 _FILLER = ("a", "an", "the", "on", "background", "moving", "standing")
-_CLASSES = (tuple(COLOURS), SHAPES, tuple(MOTIONS), tuple(SPEEDS))
+KINDS = {
+    "colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS), "speed": tuple(SPEEDS),
+    "background": tuple(BACKGROUNDS),
+}  # fmt: skip
+_CLASSES = tuple(KINDS.values())[:4]
 VOCABULARY = (*_FILLER, "and", *(word for words in _CLASSES for word in words), *BACKGROUNDS)
 
 
