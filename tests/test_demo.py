@@ -379,20 +379,16 @@ def test_fewer_steps_go_on_from_the_same_picture(own):
 # -- looking inside ----------------------------------------
 @pytest.mark.parametrize("sink, mode", [(1, "ema"), (2, "static"), (0, "none")])
 def test_remembered_is_what_the_cache_holds(tiny, build, sink, mode):
-    """Values carry no position: each chunk's own are found again in what the next pass reads."""
+    """Values carry no position: those that were a chunk's when it was the newest are found again."""
     cfg = replace(tiny, window=5, sink=sink, sink_mode=mode, sink_decay=1.0, frames=20)
     model = build(cfg)
 
-    class Watched(ListCache):
-        def commit(self, kv):
-            self.all = [*vars(self).get("all", []), kv[0][1]]
-            super().commit(kv)
-
-    cache, text = Watched(model, cfg), torch.randn(1, cfg.text_length, cfg.text_width)
+    cache, text, newest = ListCache(model, cfg), torch.randn(1, cfg.text_length, cfg.text_width), []
     with torch.no_grad():
         for chunk, _ in enumerate(islice(stream(model, text, cfg, [rng_for(0)], cache=cache), 9)):
-            held = [] if not chunk else cache.read(0)[1].split(cfg.tokens, dim=1)
-            found = [next(i for i, own in enumerate(cache.all) if torch.allclose(own, v)) for v in held]
+            held = cache.values[0].split(cfg.tokens, dim=1) if chunk else []
+            newest += held[-1:]
+            found = [next(i for i, own in enumerate(newest) if torch.allclose(own, v)) for v in held]
             about = overlay.remembered(cfg, chunk)
             assert about["sink"] + about["ring"] == found
             assert about["averaged"] == (max(chunk - cfg.cached_chunks, 0) if mode == "ema" else 0)
