@@ -26,11 +26,11 @@ from engine.rng import rng_for
 from engine.sheet import to_uint8
 from live import overlay, pace, server
 from live.show import Chunk, Wish, jpeg
-from model import ListCache
+from model import ListCache, RingCache
 from reward import RewardModel
 from rollout import stream
 from saliency import intra_weight, reward_saliency, to_latent_grid
-from sample import Flags, decoded, open_networks
+from sample import Flags, open_networks
 
 RED, BLUE = "a red circle moving left slowly", "a blue ring moving up"
 
@@ -136,8 +136,10 @@ def test_streams_what_sample_would_and_switches_without_a_cut(port, own):
     assert [head["chunk"] for head in heads] == [0, 1, 2, 3, 4] and heads[0]["prompt"] == RED
     switch = next(head["chunk"] for head in heads if head["prompt"] == BLUE)
     assert 1 <= switch <= 3, "the prompt came chunks later"
-    parts = decoded(student, codec, {0: read(RED), switch: read(BLUE)}, cfg, seed=3)
-    wanted = [jpeg(frame) for chunk in islice(parts, 5) for frame in to_uint8(chunk).numpy()]
+    texts, cache = {0: read(RED), switch: read(BLUE)}, RingCache(student, cfg, 1)
+    with torch.inference_mode():
+        chunks = list(islice(stream(student, texts, cfg, [rng_for(3, "sample", 0)], cache=cache), 5))
+        wanted = [jpeg(frame) for x in chunks for frame in to_uint8(codec.decode(x)[0]).numpy()]
     assert [picture for _, picture, _ in got] == wanted
 
 
