@@ -18,6 +18,7 @@ const send = connect({
     $("map").replaceChildren(...hello.maps.map((name) => new Option(name === "fused" ? "all axes" : name, name)));
     for (const id of ["where", "map", "when", "rewards"]) $(id).disabled = !hello.maps.length;
     explain();
+    $("save").hidden = hello.local;
     $("prompt").value ||= hello.prompt;
     offer(hello.words);
     begin();
@@ -187,7 +188,7 @@ function explain() {
     if (sink.length) parts.push(`sink: chunk ${sink.join(", ")}` + (averaged ? ` and the average of ${averaged} later ones` : ""));
     if (ring.length) parts.push(`ring: chunk ${ring.join(", ")}`);
     $("note").textContent = `Chunk ${facts.chunk} attends to itself${parts.map((part) => "; " + part).join("")}.`;
-  } else $("note").textContent = hello.maps.length ? "" : "There is no reward network beside the codec.";
+  } else $("note").textContent = hello.maps.length ? "" : "Without a reward network, memory alone can be shown.";
 }
 
 function remember(chunk, image) {

@@ -29,7 +29,7 @@ VOCABULARY = (*_FILLER, "and", *(word for words in _CLASSES for word in words), 
 
 
 @lru_cache(maxsize=4096)
-def _vector(word: str, width: int) -> Tensor:
+def vector(word: str, width: int) -> Tensor:
     return torch.randn(width, generator=rng_for("word", word))
 
 
@@ -42,7 +42,7 @@ def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
     for row, words in zip(text, captions, strict=True):
         for place, word in enumerate(words[:length]):
             if word:
-                row[place] = (_vector(word, width) + _vector(f"#{place}", width)) / 2**0.5
+                row[place] = (vector(word, width) + vector(f"#{place}", width)) / 2**0.5
     return text
 
 
