@@ -16,8 +16,7 @@ const send = connect({
     [video.width, video.height] = [w * zoom, h * zoom];
     ink.imageSmoothingEnabled = zoom === 1;
     $("map").replaceChildren(...hello.maps.map((name) => new Option(name === "fused" ? "all axes" : name, name)));
-    for (const id of ["where", "map", "when", "rewards"]) $(id).disabled = !hello.maps.length;
-    explain();
+    for (const id of ["saliency", "when", "rewards"]) $(id).hidden = !hello.maps.length;
     $("save").hidden = hello.local;
     $("prompt").value ||= hello.prompt;
     offer(hello.words);
@@ -173,7 +172,7 @@ function news(head) {
   $("can").textContent = `${Math.round(head.can)} frames/s`;
   $("steps").textContent = `${head.steps} of ${hello.steps}`;
   $("chunk").textContent = `${head.chunk}`;
-  $("mem").textContent = `${Math.round(head.memory)} MiB`;
+  $("mem").textContent = hello.local ? "–" : `${Math.round(head.memory)} MiB`;
   const less = head.steps < hello.steps;
   $("slow").hidden = fit && !less;
   $("slow").textContent = less
@@ -188,7 +187,7 @@ function explain() {
     if (sink.length) parts.push(`sink: chunk ${sink.join(", ")}` + (averaged ? ` and the average of ${averaged} later ones` : ""));
     if (ring.length) parts.push(`ring: chunk ${ring.join(", ")}`);
     $("note").textContent = `Chunk ${facts.chunk} attends to itself${parts.map((part) => "; " + part).join("")}.`;
-  } else $("note").textContent = hello.maps.length ? "" : "Without a reward network, memory alone can be shown.";
+  } else $("note").textContent = "";
 }
 
 function remember(chunk, image) {

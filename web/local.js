@@ -64,7 +64,6 @@ export function connect(on) {
     return {
       first, rate: span ? (times.length - 1) / span : rate, late: times.filter((row) => row[1] > row[0] + 1e-9).length,
       of: times.length, dropped: 0, p50: at(0.5), p99: at(0.99), can: chunk.images.length / chunk.seconds,
-      memory: (performance.memory?.usedJSHeapSize ?? 0) / 2 ** 20,
     };
   }
 
