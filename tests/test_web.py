@@ -9,11 +9,14 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from runs import in_process
+from runs import SMALL, in_process
 
+from codec import Codec
+from config import build
+from engine.checkpoint import save_weights
 from engine.rng import rng_for
 from engine.sheet import to_uint8
-from model import ListCache
+from model import ListCache, VideoDiT
 from rollout import stream
 from sample import Flags, decoded, open_networks
 
@@ -50,19 +53,32 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def own(nets):
-    return open_networks("tiny", {"device": "cpu"}, Flags(student=f"{nets}/stream_r1.safetensors"))
+def vivid(tmp_path_factory):
+    """Random nets of large weights: every frame depends on all that is remembered."""
+    folder, cfg = tmp_path_factory.mktemp("vivid"), build("tiny", SMALL)
+    torch.manual_seed(0)
+    for kind, net in (("codec", Codec(cfg)), ("student", VideoDiT(cfg))):
+        for p in net.parameters():
+            p.data += (0.12 if kind == "student" else 0.06) * torch.randn_like(p)
+        name = "stream_r1" if kind == "student" else kind
+        save_weights(folder / f"{name}.safetensors", net, cfg, kind)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def dist(nets, tmp_path_factory):
+def own(vivid):
+    return open_networks("tiny", {"device": "cpu"}, Flags(student=f"{vivid}/stream_r1.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def dist(vivid, tmp_path_factory):
     if not shutil.which("npm"):
         pytest.skip("no npm, which onnxruntime-web is fetched with")
     from web import export
 
     out = tmp_path_factory.mktemp("dist")
     with pytest.MonkeyPatch.context() as patch:
-        in_process(patch, export, f"--student={nets}/stream_r1.safetensors", f"--out={out}")
+        in_process(patch, export, f"--student={vivid}/stream_r1.safetensors", f"--out={out}")
     return out
 
 
