@@ -18,7 +18,7 @@ from engine.rng import rng_for
 from engine.sheet import to_uint8
 from model import ListCache, VideoDiT
 from rollout import stream
-from sample import Flags, decoded, open_networks
+from sample import Flags, open_networks
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
 RED, BLUE = "a red circle moving left slowly", "a blue ring moving up"
@@ -142,8 +142,10 @@ def test_the_page_shows_what_sample_makes(dist, own, browser):
         server.shutdown()
     switch = found["prompts"].index(BLUE)
     assert 3 <= switch <= 5
-    parts = decoded(student, codec, {0: read(RED), switch: read(BLUE)}, cfg, seed=5)
-    wanted = torch.cat([to_uint8(part) for part in islice(parts, 12)]).numpy()
+    texts = {0: read(RED), switch: read(BLUE)}
+    with torch.no_grad():
+        chunks = list(islice(stream(student, texts, cfg, [rng_for(5, "sample", 0)]), 12))
+        wanted = torch.cat([to_uint8(codec.decode(x)[0]) for x in chunks]).numpy()
     frames = np.array(found["frames"]).reshape(-1, cfg.height, cfg.width, 4)[..., :3]
     assert abs(frames - wanted).max() <= 2
     assert max(found["memory"][40:]) - max(found["memory"][15:30]) < 2**22
