@@ -54,8 +54,9 @@ class Session:
 
 @pytest.fixture(scope="module")
 def vivid(tmp_path_factory):
-    """Random nets of large weights: every frame depends on all that is remembered."""
-    folder, cfg = tmp_path_factory.mktemp("vivid"), build("tiny", SMALL)
+    """Random nets of large weights: every frame depends on all that is remembered. Two layers: what the first
+    one remembers does not depend on the prompt."""
+    folder, cfg = tmp_path_factory.mktemp("vivid"), build("tiny", SMALL | {"layers": 2})
     torch.manual_seed(0)
     for kind, net in (("codec", Codec(cfg)), ("student", VideoDiT(cfg))):
         for p in net.parameters():
