@@ -35,6 +35,7 @@ from engine.graphs import CudaGraphs, compiled
 from engine.processes import pick_device
 from engine.rng import rng_for
 from engine.sheet import contact_sheet, video_path, write_video
+from live.pace import in_words, played
 from model import RingCache
 from networks import load_net
 from rollout import directly, stream
@@ -74,7 +75,7 @@ def main() -> None:
     if flags.compile:
         student.run = compiled(student.run, cfg.device)
     call = CudaGraphs() if flags.graph and cfg.device == "cuda" else directly
-    rows, seconds = stretches(plan, flags.frames), []
+    rows, made = stretches(plan, flags.frames), []
     zoom = max(1, 256 // min(cfg.height, cfg.width))  # so that a person can see small videos
     kept = {i: torch.empty(0) for shown in rows.values() for i in shown}
     latents = 1 + math.ceil((flags.frames - 1) / cfg.time_stride)
@@ -86,7 +87,7 @@ def main() -> None:
         for chunk in tqdm(range(count), unit="chunk"):
             start = time.perf_counter()
             part = next(parts)
-            seconds.extend([time.perf_counter() - start] * (chunk >= len(past)))
+            made.extend([(time.perf_counter() - start, len(part))] * (chunk >= len(past)))
             for frame in part[: flags.frames - i]:
                 if i in kept:
                     kept[i] = frame / 255
@@ -98,7 +99,7 @@ def main() -> None:
     sheet = [(caption, torch.stack([kept[i] for i in shown])) for caption, shown in rows.items()]
     shown = contact_sheet(out.with_suffix(".png"), sheet, scale=zoom // 2 or 1)
     how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
-    report(seconds, cfg, f"{out} and {shown}", " in ".join(how) or "eager")
+    report(made, cfg, f"{out} and {shown}", " in ".join(how) or "eager")
 
 
 @torch.inference_mode()
@@ -221,14 +222,17 @@ def start_from(path: str, codec: Codec, cfg: Config) -> tuple[Tensor, ...]:
     return codec.encode(video[None, -count:].to(cfg.device).float() / 255).split(cfg.chunk, dim=1)
 
 
-def report(seconds: list[float], cfg: Config, files: str, how: str) -> None:
-    if not seconds:
+def report(made: list[tuple[float, int]], cfg: Config, files: str, how: str) -> None:
+    """`made`: of every chunk the seconds that it took, and its frames."""
+    if not made:
         print(f"{files}: only the given frames were asked for")
         return
+    seconds, counts = zip(*made, strict=True)
     p50, p99 = (1000 * torch.tensor(seconds[1:] or seconds).quantile(q) for q in (0.5, 0.99))
     first, frames = f"first frame after {seconds[0] * 1000:.0f} ms", cfg.chunk * cfg.time_stride
     print(f"{first}; {frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})")
     print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+    print(in_words(played(seconds, counts, cfg.fps), sum(counts), cfg.fps))
     print(files)
 
 

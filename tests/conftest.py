@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,19 @@ def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> tor
     query, key = block[:, None], block[None, :]
     near = key > query - window + sink if window else torch.ones(frames, frames, dtype=torch.bool)
     return (key <= query) & (near | (key < sink))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, for tests marked `browser`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,16 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "sti
 SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels per frame on a 32-pixel canvas
 BACKGROUNDS = {"black": 0.05, "grey": 0.25, "white": 0.95}
 _FILLER = ("a", "an", "the", "on", "background", "moving", "standing")
-_CLASSES = (tuple(COLOURS), SHAPES, tuple(MOTIONS), tuple(SPEEDS))
+KINDS = {
+    "colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS), "speed": tuple(SPEEDS),
+    "background": tuple(BACKGROUNDS),
+}  # fmt: skip
+_CLASSES = tuple(KINDS.values())[:4]
 VOCABULARY = (*_FILLER, "and", *(word for words in _CLASSES for word in words), *BACKGROUNDS)
 
 
 @lru_cache(maxsize=4096)
-def _vector(word: str, width: int) -> Tensor:
+def vector(word: str, width: int) -> Tensor:
     return torch.randn(width, generator=rng_for("word", word))
 
 
@@ -38,7 +42,7 @@ def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
     for row, words in zip(text, captions, strict=True):
         for place, word in enumerate(words[:length]):
             if word:
-                row[place] = (_vector(word, width) + _vector(f"#{place}", width)) / 2**0.5
+                row[place] = (vector(word, width) + vector(f"#{place}", width)) / 2**0.5
     return text
 
 

@@ -1,0 +1,153 @@
+"""The student as ONNX files, and as the page that runs them: equal to what sample.py makes."""
+
+import functools
+import http.server
+import shutil
+import threading
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from runs import SMALL, in_process
+
+from codec import Codec
+from config import build
+from engine.checkpoint import save_weights
+from engine.rng import rng_for
+from engine.sheet import to_uint8
+from model import ListCache, VideoDiT
+from rollout import stream
+from sample import Flags, open_networks
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+RED, BLUE = "a red circle moving left slowly", "a blue ring moving up"
+
+
+class Session:
+    """The exported pass in the student's place, as far as `stream` uses one."""
+
+    def __init__(self, path, cfg):
+        self.run_it, self.cfg = onnxruntime.InferenceSession(path).run, cfg
+
+    def read_text(self, text):
+        return [(text.clone(), text.clone())]
+
+    def read_time(self, t):
+        return t, t
+
+    def run(self, xt, t, time, words, cache):
+        for i, x in enumerate(xt.split(self.cfg.chunk, 1)):
+            if i:  # of two chunks the first is finished: it is to be remembered
+                cache.commit(list(zip(keys, values, strict=True)))  # noqa: F821
+            given = {"xt": x, "t": time[0][:, i : i + 1], "text": words[0][0]}
+            given |= {"keys": self.past(cache, 0), "values": self.past(cache, 1)}
+            out = self.run_it(None, {name: z.numpy() for name, z in given.items()})
+            v, keys, values = map(torch.from_numpy, out)
+        return v, list(zip(keys, values, strict=True))
+
+    def past(self, cache, part):
+        none = torch.zeros(1, 0, self.cfg.heads, self.cfg.dim // self.cfg.heads)
+        layers = [[chunk[i][part] for chunk in cache.chunks] for i in range(self.cfg.layers)]
+        return torch.stack([torch.cat([none, *chunks], 1) for chunks in layers])
+
+
+@pytest.fixture(scope="module")
+def vivid(tmp_path_factory):
+    """Random nets of large weights: every frame depends on all that is remembered. Two layers: what the first
+    one remembers does not depend on the prompt."""
+    folder, cfg = tmp_path_factory.mktemp("vivid"), build("tiny", SMALL | {"layers": 2})
+    torch.manual_seed(0)
+    for kind, net in (("codec", Codec(cfg)), ("student", VideoDiT(cfg))):
+        for p in net.parameters():
+            p.data += (0.12 if kind == "student" else 0.06) * torch.randn_like(p)
+        name = "stream_r1" if kind == "student" else kind
+        save_weights(folder / f"{name}.safetensors", net, cfg, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(vivid):
+    return open_networks("tiny", {"device": "cpu"}, Flags(student=f"{vivid}/stream_r1.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def dist(vivid, tmp_path_factory):
+    if not shutil.which("npm"):
+        pytest.skip("no npm, which onnxruntime-web is fetched with")
+    from web import export
+
+    out = tmp_path_factory.mktemp("dist")
+    with pytest.MonkeyPatch.context() as patch:
+        in_process(patch, export, f"--student={vivid}/stream_r1.safetensors", f"--out={out}")
+    return out
+
+
+@pytest.mark.slow
+def test_onnx_is_the_student(dist, own):
+    """Twenty chunks, with evictions and a prompt switch. Catches positions, the order in the window, what is
+    remembered, a weight that fp16 does not hold."""
+    cfg, student, codec, read = own
+    texts = {0: read(RED), 11: read(BLUE)}
+    streams = [
+        stream(net, texts, cfg, [rng_for(0)], cache=ListCache(student, cfg))
+        for net in (student, Session(dist / "pass.onnx", cfg))
+    ]
+    decoder = onnxruntime.InferenceSession(dist / "decoder.onnx")
+    with torch.no_grad():
+        for x, same in islice(zip(*streams, strict=True), 20):
+            assert (x - same).abs().max() < 1e-5
+    (frames,) = decoder.run(None, {"x": x.numpy()})
+    wanted = to_uint8(codec.decode(x)[0]).numpy()
+    assert abs(frames[..., :3].astype(int) - wanted).max() <= 1 and (frames[..., 3] == 255).all()
+
+
+COLLECT = """async ([first, second, seed, compared, all]) => {
+  const { connect } = await import("./source.js");
+  const frames = [], prompts = [], memory = [], refused = [];
+  return new Promise((done) => {
+    const send = connect({
+      lost() {}, line() {},
+      refused(why) { refused.push(why); },
+      hello() {
+        send({ type: "rate", fps: 60 });
+        send({ type: "start", prompt: first, seed });
+      },
+      frame(head, image) {
+        if (head.chunk !== undefined) prompts.push(head.prompt);
+        if (head.chunk === 2) send({ type: "prompt", prompt: second });
+        if (head.chunk === 6) send({ type: "prompt", prompt: "a bleu ring" });
+        if (head.chunk !== undefined) memory.push(performance.memory.usedJSHeapSize);
+        if (prompts.length > all) done({ frames, prompts, memory, refused });
+        if (prompts.length > compared) return;
+        const ink = new OffscreenCanvas(image.width, image.height).getContext("2d");
+        ink.drawImage(image, 0, 0);
+        frames.push([...ink.getImageData(0, 0, image.width, image.height).data]);
+      },
+    });
+  });
+}"""
+
+
+@pytest.mark.browser
+def test_the_page_shows_what_sample_makes(dist, own, browser):
+    """From a server of plain files: the frames of sample.py for that seed, through a prompt switch, within 2
+    of 255; memory is flat over 60 chunks, and an unknown word is answered with the near miss."""
+    cfg, student, codec, read = own
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=dist)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/words.js")
+        found = page.evaluate(COLLECT, [RED, BLUE, 5, 12, 60])
+        server.shutdown()
+    switch = found["prompts"].index(BLUE)
+    assert 3 <= switch <= 5
+    texts = {0: read(RED), switch: read(BLUE)}
+    with torch.no_grad():
+        chunks = list(islice(stream(student, texts, cfg, [rng_for(5, "sample", 0)]), 12))
+        wanted = torch.cat([to_uint8(codec.decode(x)[0]) for x in chunks]).numpy()
+    frames = np.array(found["frames"]).reshape(-1, cfg.height, cfg.width, 4)[..., :3]
+    assert abs(frames - wanted).max() <= 2
+    assert max(found["memory"][40:]) - max(found["memory"][15:30]) < 2**22
+    assert "did you mean 'blue'?" in found["refused"][0]
