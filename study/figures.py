@@ -1,6 +1,6 @@
 """Pictures of a run, of the reward's saliency, and of the comparison of methods.
 
-    python -m study.figures curves --run=out/train      # of metrics.jsonl, to out/train/curves.png
+    python -m study.figures curves --run=out/train --against=assets/curves/healthy   # of metrics.jsonl
     python -m study.figures saliency --prompt "a red circle moving left slowly"      # to out/saliency.png
     python -m study.figures table                       # of study/results.csv, to out/table.png
     python -m study.figures methods --runs=out/table    # students, early and late, to out/methods.png
@@ -72,23 +72,26 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.array([y[max(0, i - reach) : i + reach + 1].mean() for i in range(len(y))])
 
 
-def curves(run: Path) -> None:
+def curves(run: Path, against: str) -> None:
     """A panel per quantity of metrics.jsonl over steps: what is measured on held-out prompts comes first; of
-    noisy quantities the points are faint and a smoothed line is drawn."""
+    noisy quantities the points are faint and a smoothed line is drawn. In grey another run, `against`."""
     if not (rows := read_metrics(run)):
         raise BadInput(f"no {run}/metrics.jsonl with a step in it; a run of train.py writes it")
+    if not (other := read_metrics(Path(against))) and against:
+        raise BadInput(f"no {against}/metrics.jsonl with a step in it; assets/curves/healthy holds one")
     names = [k for k in CURVES if sum(k in row for row in rows) > 1]
     if not names:
         raise BadInput(f"{run}/metrics.jsonl holds a single step; a curve needs two or more")
     figure, panels = canvas(-(-len(names) // 2), 2, 2.4, squeeze=False, sharex=True)
     for name, panel in zip(names, panels.flat, strict=False):
-        step, y = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=float).T
         title, unit = CURVES[name]
-        if name.startswith("held_out_"):
-            panel.plot(step, y, "o-", color=BLUE, linewidth=2.5)
-        else:
-            panel.plot(step, y, ".", color=BLUE, alpha=0.25)
-            panel.plot(step, smoothed(y), color=BLUE, linewidth=2.5)
+        for found, colour in ((other, GREY), (rows, BLUE)):
+            seen = [(row["step"], row[name]) for row in found if name in row]
+            step, y = np.array(seen, dtype=float).reshape(-1, 2).T
+            if not name.startswith("held_out_"):
+                panel.plot(step, y, ".", color=colour, alpha=0.25)
+                y = smoothed(y)
+            panel.plot(step, y, color=colour, linewidth=2.5)
         panel.set(title=title, ylabel=unit)
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(names) :]:
@@ -194,6 +197,7 @@ def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, see
 @dataclass(frozen=True)
 class Flags:
     run: str = "out/train"  # of curves: what train.py has left
+    against: str = ""  # of curves: another run, in grey
     prompt: str = "a red circle moving left slowly on a black background"  # of saliency, methods
     nets: str = str(ROOT / "assets/tiny")  # folder with codec, teacher and reward
     seed: int = 0  # of the noise; of methods also the students'
@@ -245,7 +249,7 @@ def main() -> None:
         raise BadInput(f"study.figures {what} does not depend on --{min(typed)}; leave it out")
     out = Path(flags.run, "curves.png") if what == "curves" else writable_folder(flags.out) / f"{what}.png"
     if what == "curves":
-        curves(Path(flags.run))
+        curves(Path(flags.run), flags.against)
     elif what == "saliency":
         about_a_student(out, typed, flags)
     else:

@@ -15,13 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
 from config import ROOT, BadInput, cli, read_cli
 from engine.checkpoint import writable_folder, write_atomically
-from engine.sheet import contact_sheet
 from run import read_metrics
 from study.figures import BLUE, CURVES, GREY, canvas, finish
 from study.rows import as_flag
@@ -69,9 +64,6 @@ SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
          'name == "ema" or getattr(run, name).load_state_dict(state[name])'),
     )),
 }  # fmt: skip
-# a run that shows it: other settings of train.py; of sample.py
-TRAINED = {"no_motion_term": ("--method=diagonal",)}
-SAMPLED = {"other_context": ("--context=clean",)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class Flags:
     names: str = ""  # defects, comma-separated; default all
     steps: int = 50  # of every run; 0: only draw
     out: str = "out/symptoms"  # the folder of copies, runs and the picture
-    keep: bool = False  # thinned metrics and strips into assets/curves
+    keep: bool = False  # thinned metrics into assets/curves
     check: bool = False  # run the tests in place of trainings
 
 
@@ -98,17 +90,14 @@ def copied(name: str, out: Path, *extra: str) -> Path:
 
 
 def train(name: str, steps: int, out: Path, typed: list[str]) -> None:
-    """Train in the copy, then sample; `lost_average` is stopped half way and resumed."""
+    """Train in the copy; `lost_average` is stopped half way and resumed."""
     code, run, nets = copied(name, out), out / name, f"--nets={ROOT / 'assets/tiny'}"
     for leg in (steps // 2, steps) if name == "lost_average" else (steps,):
         last = max((row["step"] for row in read_metrics(run)), default=0)
         if last < leg:
-            command = [sys.executable, "train.py", *typed, *TRAINED.get(name, ()), nets, f"--steps={leg}"]
+            command = [sys.executable, "train.py", *typed, nets, f"--steps={leg}"]
             command += ["--eval_every=5", f"--out={run}", *["--resume"] * (last > 0)]
             subprocess.run(command, cwd=code, check=True)
-    command = [sys.executable, "sample.py", f"--student={run}/student.safetensors", *SAMPLED.get(name, ())]
-    command += ["--prompt", "a red circle moving left quickly on a black background"]
-    subprocess.run([*command, "--frames=64", f"--out={run}/sample.webp"], cwd=code, check=True)
 
 
 def caught(name: str, out: Path) -> bool:
@@ -122,25 +111,12 @@ def caught(name: str, out: Path) -> bool:
 
 
 def keep(run: Path, folder: Path) -> None:
-    """Curves of every second step, to three digits, to compare runs of one's own with; a strip of frames."""
+    """Curves of every second step, to three digits, to compare runs of one's own with."""
     rows = [row for row in read_metrics(run) if row["step"] % 2 == 0 or "held_out_shape" in row]
     thin = [{k: float(f"{row[k]:.3g}") for k in ("step", *CURVES) if k in row} for row in rows]
     text = "".join(json.dumps(row) + "\n" for row in thin)
     path = writable_folder(str(folder / run.name)) / "metrics.jsonl"
     write_atomically(path, lambda name: name.write_text(text))
-
-
-def strips(out: Path, names: list[str], path: Path) -> None:
-    """Every fourth frame of each sample, one row a defect."""
-    rows = []
-    for name in names:
-        with Image.open(out / name / "sample.webp") as film:
-            shown = []
-            for i in range(0, film.n_frames, 4):
-                film.seek(i)
-                shown.append(torch.from_numpy(np.array(film.convert("RGB"))).permute(2, 0, 1) / 255)
-        rows.append((name, torch.stack(shown)))
-    contact_sheet(path, rows)
 
 
 def curves(runs: dict[str, list[dict]], path: Path) -> None:
@@ -179,8 +155,7 @@ def main() -> None:
             keep(out / name, KEPT)
     runs = {name: found for name in SICK for folder in (out, KEPT) if (found := read_metrics(folder / name))}
     curves(runs, out / "symptoms.png")
-    strips(out, [name for name in SICK if (out / name / "sample.webp").exists()], out / "strips.png")
-    print(out / "symptoms.png", out / "strips.png")
+    print(out / "symptoms.png")
 
 
 if __name__ == "__main__":
