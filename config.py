@@ -62,7 +62,7 @@ class Config:
     shift: float = 3.0  # warps uniform time towards noise
     guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 makes objects shake more
     denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
-    taper: Literal["uniform", "5432", "432", "first"] = "uniform"  # steps per chunk; noise levels are ours
+    taper: Literal["uniform", "5432", "432"] = "uniform"  # steps per chunk; noise levels are ours
     context: Literal["clean", "noisy", "none"] = "clean"  # what later chunks see; none: the last step's keys
     context_t: float = 0.0  # noise level of a noisy context, in [0, 1)
     horizon: int = 2  # rollouts last up to horizon * frames; DMD looks at the last `frames`
@@ -140,7 +140,7 @@ class Config:
         falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
         falling &= bool(grid) and grid[0] == 1 and grid[-1] > 0
         check("denoise", falling, "1.0, ... falling, above 0")
-        own = self.taper in ("5432", "432") and grid != Config.denoise
+        own = self.taper != "uniform" and grid != Config.denoise
         check("denoise", not own, f"none with taper={self.taper}, which has noise levels of its own")
         check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
@@ -226,7 +226,6 @@ METHODS: dict[str, dict] = {
     "reward_forcing": dict(space=False, time=False, balance="none", axes=("MQ",)),
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=4.0),
-    "first_chunk_more": dict(_PLAIN, taper="first"),
 }
 
 
