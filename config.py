@@ -72,10 +72,9 @@ class Config:
     weight: Literal["exp", "softmax"] = "exp"  # ours: softmax(beta * reward) within a group, mean 1
     axes: tuple[str, ...] = ("VQ", "MQ", "TA")  # reward axes in use
     group: int = 1  # rollouts per prompt; above 1 the reward is relative to the prompt's mean
-    balance: Literal["none", "penalty", "axis_weights"] = "penalty"  # penalty: the paper's
+    balance: Literal["none", "penalty"] = "penalty"  # penalty: on unequal improvement of the axes
     balance_strength: float = 0.5  # lambda of the penalty
     balance_window: int = 6  # judged micro-batches of history, unused until full; published: 50, 6 updates
-    balance_temperature: float = 0.5  # of axis_weights: lower leans more on the axis that improves least
     space: bool = True  # weight the loss by spatial saliency, |dr| summed; published: its L2 norm
     time: bool = True  # weight the loss by temporal saliency
     saliency_range: Literal["minmax", "percentile"] = "minmax"  # ours: 5th to 95th, between floor and 1

@@ -28,7 +28,6 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-time": _PLAIN | {"time": True},
     "stream_r1-time_space": _PLAIN | {"time": True, "space": True},
     "stream_r1-unbalanced": _SR1 | {"balance": "none"},
-    "stream_r1-axis_weights": _SR1 | {"balance": "axis_weights"},
     "windowed-group4": _PLAIN | {"group": 4},
     "stream_r1-group4": _SR1 | {"group": 4},
     "stream_r1-softmax4": _SR1 | {"group": 4, "weight": "softmax"},

@@ -70,7 +70,7 @@ save_state({str(tmp_path)!r}, 2, {{"config": asdict(Config()), "x": torch.zeros(
 def test_two_processes_equal_one(nets, tmp_path):
     """gloo, half the batch each: the same rollouts, rewards and gradients as one process with all of it."""
     for world in (1, 2):
-        more = ("--steps=3", "--group=2", "--balance_window=2", "--balance=axis_weights")
+        more = ("--steps=3", "--group=2", "--balance_window=2")
         call(command(nets, tmp_path / str(world), *more), processes=world)
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     for a, b in zip(one, two, strict=True):
