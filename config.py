@@ -81,8 +81,6 @@ class Config:
     floor_space: float = 0.15  # smallest spatial weight before the mean becomes 1
     floor_time: float = 0.2  # smallest temporal weight before the mean becomes 1
     fuse_temperature: float = 1.0  # softmax(-reward / T) over axes: the weakest axis speaks loudest
-    released_patch_order: bool = False  # scramble the spatial map as the released code does
-    released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
@@ -148,8 +146,6 @@ class Config:
         check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
         check("weight", self.weight == "exp" or self.group > 1, "exp with group=1")
-        even = not any(size // self.stride % 2 for size in (self.height, self.width))
-        check("released_patch_order", even or not self.released_patch_order, "with even latent sizes")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
 
     @property

@@ -24,7 +24,6 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-inter-beta.5": _PLAIN | {"beta": 0.5},
     "stream_r1-inter-beta8": _PLAIN | {"beta": 8.0},
     "stream_r1-space": _PLAIN | {"space": True},
-    "stream_r1-space_scrambled": _PLAIN | {"space": True, "released_patch_order": True},
     "stream_r1-time": _PLAIN | {"time": True},
     "stream_r1-time_space": _PLAIN | {"time": True, "space": True},
     "stream_r1-unbalanced": _SR1 | {"balance": "none"},
@@ -32,7 +31,6 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-group4": _SR1 | {"group": 4},
     "stream_r1-softmax4": _SR1 | {"group": 4, "weight": "softmax"},
     "stream_r1-percentile": _SR1 | {"saliency_range": "percentile"},
-    "stream_r1-one_weight": _SR1 | {"released_weight": True},
     "stream_r1-kv_grad": _SR1 | {"kv_grad": True},
     # a quarter of the published strength, and a balance that hardly acts: runs of before
     "reward_forcing-beta.5": _RF | {"beta": 0.5},
