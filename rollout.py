@@ -27,9 +27,7 @@ def step_grid(cfg: Config, chunk: int) -> tuple[float, ...]:
 
     uniform: the same for every chunk. 5432 and 432: that many steps for the first chunks, 2 for the rest.
     """
-    grid = cfg.denoise
-    if cfg.taper != "uniform":
-        grid = _TAPER[max(int(cfg.taper[0]) - chunk, 2)]
+    grid = cfg.denoise if cfg.taper == "uniform" else _TAPER[max(int(cfg.taper[0]) - chunk, 2)]
     return tuple(shift_time(u, cfg.shift) for u in grid)
 
 
