@@ -159,7 +159,7 @@ def test_flags_of_a_script():
 
 # -- help and saved settings -----------------------------------------------------------------------
 
-SCRIPTS = ("train", "pretrain", "sample", "bench", "study.evaluate", "study.figures", "wan.memory")
+SCRIPTS = "train pretrain sample bench study.evaluate study.figures study.reliability wan.memory".split()
 
 
 def help_of(capsys, *argv, flags=None, doc="") -> list[str]:
