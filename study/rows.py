@@ -7,9 +7,8 @@ between the two says what this technique does.
 from config import METHODS, BadInput, build
 
 BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view; with window and EMA sink
-_RF, _SR1, _DIAGONAL, _PLAIN = (
-    {"method": name} for name in ("reward_forcing", "stream_r1", "diagonal", WINDOWED)
-)
+_RF, _SR1, _DIAGONAL = ({"method": name} for name in ("reward_forcing", "stream_r1", "diagonal"))
+_PLAIN = {"method": WINDOWED}
 _HALF = _SR1 | {"beta": 0.5, "balance_window": 50}
 _TWO_STEPS = {"denoise": (1.0, 0.5)}
 ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
@@ -63,8 +62,7 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
 CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where students of the base and of the context rows are sampled
 # objects in a clip: what makes it so, and the nets of this world
 WORLDS = {"one": ({}, "assets/tiny"), "two": ({"objects": 2, "text_length": 9}, "assets/two")}
-STEPS = 100  # of every row
-EVERY = 25  # steps between the measurements that choose a checkpoint
+STEPS, EVERY = 100, 25  # of every row: updates, and those between measurements that choose a checkpoint
 
 
 def as_flag(name: str, value) -> str:
@@ -80,9 +78,8 @@ def fields_of(name: str, world: str, typed: dict) -> dict:
 
 
 def reference(row: str) -> str:
-    """The row that a row is compared with: the same cache, guidance and prompts without the row's own
-    technique; other guidance with the usual one, other sinks with the EMA sink, weights of the motion term
-    beside a taper with none."""
+    """The row to compare with: the same cache, guidance and prompts without the row's own technique; for
+    other guidance the usual one, for other sinks the EMA sink, for motion weights beside a taper none."""
     cfg = build("tiny", ROWS[row])
     if row.startswith("reward_forcing-") and row != "reward_forcing-beta.5":
         return "reward_forcing-beta.5" if "beta.5" in row else "reward_forcing"
