@@ -62,7 +62,7 @@ class Config:
     shift: float = 3.0  # warps uniform time towards noise
     guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 makes objects shake more
     denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
-    taper: Literal["uniform", "5432", "432", "first"] = "uniform"  # steps per chunk; noise levels are ours
+    taper: Literal["uniform", "5432", "432"] = "uniform"  # steps per chunk; noise levels are ours
     context: Literal["clean", "noisy", "none"] = "clean"  # what later chunks see; none: the last step's keys
     context_t: float = 0.0  # noise level of a noisy context, in [0, 1)
     horizon: int = 2  # rollouts last up to horizon * frames; DMD looks at the last `frames`
@@ -72,18 +72,15 @@ class Config:
     weight: Literal["exp", "softmax"] = "exp"  # ours: softmax(beta * reward) within a group, mean 1
     axes: tuple[str, ...] = ("VQ", "MQ", "TA")  # reward axes in use
     group: int = 1  # rollouts per prompt; above 1 the reward is relative to the prompt's mean
-    balance: Literal["none", "penalty", "axis_weights"] = "penalty"  # penalty: the paper's
+    balance: Literal["none", "penalty"] = "penalty"  # penalty: on unequal improvement of the axes
     balance_strength: float = 0.5  # lambda of the penalty
     balance_window: int = 6  # judged micro-batches of history, unused until full; published: 50, 6 updates
-    balance_temperature: float = 0.5  # of axis_weights: lower leans more on the axis that improves least
     space: bool = True  # weight the loss by spatial saliency, |dr| summed; published: its L2 norm
     time: bool = True  # weight the loss by temporal saliency
     saliency_range: Literal["minmax", "percentile"] = "minmax"  # ours: 5th to 95th, between floor and 1
     floor_space: float = 0.15  # smallest spatial weight before the mean becomes 1
     floor_time: float = 0.2  # smallest temporal weight before the mean becomes 1
     fuse_temperature: float = 1.0  # softmax(-reward / T) over axes: the weakest axis speaks loudest
-    released_patch_order: bool = False  # scramble the spatial map as the released code does
-    released_weight: bool = False  # a process' first rollout is judged for all of its batch, as released
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
@@ -140,7 +137,7 @@ class Config:
         falling = all(a > b for a, b in zip(grid, grid[1:], strict=False))
         falling &= bool(grid) and grid[0] == 1 and grid[-1] > 0
         check("denoise", falling, "1.0, ... falling, above 0")
-        own = self.taper in ("5432", "432") and grid != Config.denoise
+        own = self.taper != "uniform" and grid != Config.denoise
         check("denoise", not own, f"none with taper={self.taper}, which has noise levels of its own")
         check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
@@ -149,8 +146,6 @@ class Config:
         check("text_length", enough, "4 words per object and one more")
         check("balance_window", self.balance_window > 1, "2 or more")
         check("weight", self.weight == "exp" or self.group > 1, "exp with group=1")
-        even = not any(size // self.stride % 2 for size in (self.height, self.width))
-        check("released_patch_order", even or not self.released_patch_order, "with even latent sizes")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
 
     @property
@@ -226,7 +221,6 @@ METHODS: dict[str, dict] = {
     "reward_forcing": dict(space=False, time=False, balance="none", axes=("MQ",)),
     "stream_r1": {},
     "diagonal": dict(_PLAIN, taper="5432", context="none", motion=4.0),
-    "first_chunk_more": dict(_PLAIN, taper="first"),
 }
 
 

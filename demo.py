@@ -12,17 +12,9 @@ Enter changes the prompt without a cut: the cache is rebuilt with it, the pictur
 from engine import openmp  # isort: skip  (before torch loads)
 
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-import torch
-
-from config import ROOT, BadInput, Config, cli, read_cli
-from engine.checkpoint import read_header
-from live.show import Show, about, memory, mp4
-from networks import load_net
-from sample import find_codec, open_networks
-from world.words import KINDS
+from config import BadInput, cli, read_cli
+from sample import open_networks
 
 
 @dataclass(frozen=True)
@@ -38,21 +30,10 @@ class Flags:
     wan: str = ""  # Wan2.1 in diffusers' format: codec and text
 
 
-def look_inside(flags: Flags, cfg: Config):
-    """→ the reward beside the codec, if there is one, and the words of prompts, by kind."""
-    if flags.wan:
-        return None, {}
-    path = Path(flags.student or ROOT / "assets" / cfg.preset / "stream_r1.safetensors")
-    header = read_header(path)
-    beside = find_codec(flags.codec, path, header).with_name("reward.safetensors")
-    reward = load_net(beside, cfg, "reward").requires_grad_(False) if beside.exists() else None
-    return reward, {"word": header.get("vocabulary", "").split()} if cfg.data else KINDS
-
-
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     try:
-        from live.server import Studio, application, listen, serve
+        from live.server import application, listen, serve, studio_of
     except ModuleNotFoundError as error:
         raise BadInput(f"demo.py needs {error.name}: pip install -e '.[demo]'") from error
     if not (1 <= flags.streams <= 64 and 0 <= flags.deadline <= 60):
@@ -61,17 +42,7 @@ def main() -> None:
     taken = listen(flags.host, flags.port)
     cfg, student, codec, read = open_networks(preset, typed, flags)
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # of every stream
-    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-    codec, (reward, words) = codec.to(cfg.device), look_inside(flags, cfg)
-    studio = Studio(
-        about(cfg, words, reward, flags.streams, flags.deadline, flags.adapt),
-        read=lambda prompt: read(prompt).to(cfg.device),
-        open=partial(Show, cfg, student, codec, reward),
-        save=partial(mp4, fps=cfg.fps, zoom=max(1, 256 // min(cfg.height, cfg.width))),
-        memory=partial(memory, cfg.device),
-    )
-    host, port = taken.getsockname()[:2]
-    print(f"open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+    studio = studio_of(cfg, student, codec, read, flags)
     serve(application(studio, flags.streams, flags.host), taken)
 
 

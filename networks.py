@@ -59,3 +59,13 @@ def load_net(path: Path, cfg: Config, kind: str) -> nn.Module:
     """The network a file of that kind holds, on cfg.device."""
     net = {"codec": Codec, "reward": RewardModel}.get(kind, VideoDiT)(cfg)
     return load_weights(path, net, cfg, kind).to(cfg.device)
+
+
+def find_codec(given: str, student: Path, header: dict) -> Path:
+    """--codec, or beside the student, or among the nets that its training began from. Raises BadInput."""
+    folders = dict.fromkeys((student.parent, student.parent.resolve() / header.get("nets", ".")))
+    paths = [Path(given)] if given else [folder / "codec.safetensors" for folder in folders]
+    for path in paths:
+        if path.exists():
+            return path
+    raise BadInput(f"no codec at {' or '.join(map(str, paths))}; name the student's: --codec=FILE")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ from engine.learn import Stage, learn
 from engine.processes import pick_device
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
-from model import VideoDiT, add_noise, shift_time, teacher_forcing, to_x0
+from model import VideoDiT, add_noise, shift_time, teacher_forcing
 from networks import load_net
 from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
@@ -41,7 +41,7 @@ from world.words import tokenize
 
 @dataclass(frozen=True)
 class Flags:
-    stage: str = "all"  # codec | teacher | causal | consistency (optional) | reward | all
+    stage: str = "all"  # codec | teacher | causal | reward | all
     out: str = "out/pretrain"  # the folder for weights and contact sheets
     start: str = ""  # an earlier codec or teacher to go on from, the learning rate rising and falling anew
     rivals: str = ""  # students whose clips the reward model learns to put below real ones, comma-separated
@@ -57,7 +57,6 @@ STAGES = {
     "codec": Stage("codec", 4000, 32, 4e-3, "PSNR above 30 dB"),
     "teacher": Stage("teacher", 7000, 32, 4e-3, "loss near 0.18"),
     "causal": Stage("causal", 800, 16, 1e-3, "loss near 0.33"),
-    "consistency": Stage("consistency", 600, 16, 5e-4, "a loss below 0.1"),
     "reward": Stage("reward", 1600, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
 
@@ -90,7 +89,7 @@ def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Mo
         rng = rng_for(cfg.seed, "codec noise", step)
         return drawn, torch.randn(stage.batch, 3, *cfg.latent_shape, generator=rng)
 
-    def loss_of(net, averaged, step, drawn, noise):
+    def loss_of(net, step, drawn, noise):
         return net.train().loss(source.pixels(drawn, cfg.device), noise)
 
     net = net.to(cfg.device)
@@ -98,7 +97,7 @@ def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Mo
 
 
 def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, codec, cfg, flags, gaps=False):
-    """`learn` of VideoDiTs, loss_of(net, averaged, x, noise, text, u): latents x of fresh clips and noise
+    """`learn` of VideoDiTs, loss_of(net, x, noise, text, u): latents x of fresh clips and noise
     (b f c h w), text (b l e), dropped from one in ten, and what draw_t draws for each clip's times.
 
     gaps: in half of the clips the first chunk lies further back, as sinks do in a long stream.
@@ -117,10 +116,10 @@ def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, c
         text = tokenize(drawn.words, cfg.text_length, cfg.text_width) * keep[:, None, None]
         return drawn, noise, text, torch.stack([draw_t(generator=g) for g in rngs])
 
-    def loss(net, averaged, step, drawn, *given):
+    def loss(net, step, drawn, *given):
         with torch.no_grad():
             x = codec.encode(source.pixels(drawn, cfg.device)).float()
-        return loss_of(net, averaged, x, *given)
+        return loss_of(net, x, *given)
 
     opts = adam_and_muon(net, stage.lr, cfg.bf16, net.blocks)
     return learn(stage, net, opts, draw, loss, cfg, flags, net.blocks)
@@ -135,7 +134,7 @@ def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.
     torch.manual_seed(cfg.seed)
     net = started(cfg, flags, "teacher") or VideoDiT(cfg)
 
-    def loss_of(net, averaged, x, noise, text, z):
+    def loss_of(net, x, noise, text, z):
         t = repeat(shift_time(z.sigmoid(), cfg.shift), "b -> b f", f=cfg.frames)
         v, _ = net(add_noise(x, noise, t), t, text)
         return F.mse_loss(v, noise - x)
@@ -148,33 +147,12 @@ def train_causal(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.M
     """Teacher forcing from the teacher's weights: a noisy chunk, at its own time, sees the clean past."""
     net = made("teacher", cfg, flags)
 
-    def loss_of(net, averaged, x, noise, text, u):
+    def loss_of(net, x, noise, text, u):
         t = shift_time(u, cfg.shift).repeat_interleave(cfg.chunk, 1)
         v = forced(net, x, add_noise(x, noise, t), t, text, cfg)
         return F.mse_loss(v, noise - x)
 
     draw_t = partial(torch.rand, cfg.chunks)
-    return learn_flow(stage, net, draw_t, loss_of, source, codec, cfg, flags, gaps=True)
-
-
-def train_consistency(cfg: Config, stage: Stage, source, codec, flags: Flags, levels: int = 48) -> nn.Module:
-    """After the causal start (Causal Forcing++): |x̂(x_t) - x̂_averaged(x_s)|², s one level below t.
-
-    x_s is one guided Euler step of the frozen causal start away from x_t; at s = 0 it is the target.
-    """
-    frozen, net = (made("causal", cfg, flags) for _ in range(2))
-    grid = shift_time(torch.linspace(0, 1, levels + 1, device=cfg.device), cfg.shift)
-
-    def loss_of(net, averaged, x, noise, text, at):
-        s, t = (grid[at + i].repeat_interleave(cfg.chunk, 1) for i in (0, 1))
-        xt = add_noise(x, noise, t)
-        with torch.no_grad():
-            c, u = (forced(frozen, x, xt, t, words, cfg) for words in (text, torch.zeros_like(text)))
-            xs = xt + rearrange(s - t, "b f -> b f 1 1 1") * (u + cfg.guidance * (c - u))
-            target = to_x0(forced(averaged, x, xs, s, text, cfg), xs, s)
-        return F.mse_loss(to_x0(forced(net, x, xt, t, text, cfg), xt, t), target)
-
-    draw_t = partial(torch.randint, levels, (cfg.chunks,))
     return learn_flow(stage, net, draw_t, loss_of, source, codec, cfg, flags, gaps=True)
 
 
@@ -207,7 +185,7 @@ def train_reward(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.M
     def draw(step):
         return (source.draw(keys(cfg, stage, step), torch.arange(2 * cfg.pixel_frames)),)
 
-    def loss_of(net, averaged, step, drawn):
+    def loss_of(net, step, drawn):
         rngs = [rng_for(*key, "damage") for key in keys(cfg, stage, step)]
         with torch.no_grad():
             long01 = codec.decode(codec.encode(source.pixels(drawn, cfg.device))).float()
@@ -336,10 +314,8 @@ def orthogonal(x: Tensor, coefficients: tuple, steps: int, eps: float) -> Tensor
 
 
 # -- the stages, one after another ----------------------------------------
-_ALL = train_codec, train_teacher, train_causal, train_consistency, train_reward
-TRAINERS = dict(zip(STAGES, _ALL, strict=True))
+TRAINERS = dict(zip(STAGES, (train_codec, train_teacher, train_causal, train_reward), strict=True))
 REPORTS = {"codec": report_codec, "reward": report_reward}
-NEEDED = ("codec", "teacher", "causal", "reward")  # what --stage=all makes
 
 
 def main() -> None:
@@ -354,7 +330,7 @@ def main() -> None:
         checkpoint.can_resume(flags.out)
     out = checkpoint.writable_folder(flags.out)
     source = source_of(cfg, drop_words=0.1)
-    stages = NEEDED if flags.stage == "all" else (flags.stage,)
+    stages = STAGES if flags.stage == "all" else (flags.stage,)
     kind = checkpoint.read_header(flags.start)["kind"] if flags.start else ""
     if kind not in {"", "codec", "teacher"} & {"", *stages}:
         raise BadInput(f"--start={flags.start} is a {kind}; allowed: a codec or teacher, for its own stage")
@@ -376,8 +352,7 @@ def main() -> None:
             print(*(f"{what}: {value}" for what, value in measured.items()), sep="\n", flush=True)
             where = "clips learnt from" if cfg.data else "held-out clips"  # a folder is not split
             facts |= {f"measured on {where}, {what}": value for what, value in measured.items()}
-        kind = "causal" if name == "consistency" else name  # either can be where a student starts
-        checkpoint.save_weights(out / f"{name}.safetensors", net, cfg, kind, **facts)
+        checkpoint.save_weights(out / f"{name}.safetensors", net, cfg, name, **facts)
         show(name, net, cfg, source, codec, out)
         print(f"{name}: {minutes:.1f} min → {out / name}.safetensors and .png", flush=True)
 

@@ -92,9 +92,8 @@ class Balancer:
     """Turns axis scores (b s) into one reward (b,), knowing how each axis has been improving.
 
     Δ_s is the mean score of the later half of the last `balance_window` judged micro-batches, of all
-    processes, minus that of the earlier half. `penalty` is the paper's; it is the same for all rollouts of a
-    step, a global scale, which Adam all but cancels. `axis_weights` does steer. Until the window is full both
-    are the plain mean.
+    processes, minus that of the earlier half. The penalty is the same for all rollouts of a step, a global
+    scale, which Adam all but cancels. Until the window is full the reward is the plain mean.
     """
 
     def __init__(self, cfg: Config):
@@ -117,9 +116,6 @@ class Balancer:
         delta = self.improvement()
         if delta is None or self.cfg.balance == "none" or len(delta) == 1:
             return scores.mean(1)
-        delta = delta.to(scores.device)
-        if self.cfg.balance == "axis_weights":
-            return scores @ (-delta / self.cfg.balance_temperature).softmax(0)
         return scores.mean(1) - self.cfg.balance_strength * delta.std()
 
     def state_dict(self) -> list[list[float]]:

@@ -26,13 +26,8 @@ def step_grid(cfg: Config, chunk: int) -> tuple[float, ...]:
     """Noise levels at which chunk number `chunk` is denoised, falling from 1, warped by cfg.shift.
 
     uniform: the same for every chunk. 5432 and 432: that many steps for the first chunks, 2 for the rest.
-    first (first-frame enhancement): the full grid for the first chunk, its first and middle level for others.
     """
-    grid = cfg.denoise
-    if cfg.taper in ("5432", "432"):
-        grid = _TAPER[max(int(cfg.taper[0]) - chunk, 2)]
-    elif cfg.taper == "first" and chunk > 0:
-        grid = (grid[0], grid[len(grid) // 2])
+    grid = cfg.denoise if cfg.taper == "uniform" else _TAPER[max(int(cfg.taper[0]) - chunk, 2)]
     return tuple(shift_time(u, cfg.shift) for u in grid)
 
 

@@ -73,17 +73,9 @@ def factorise(saliency: Tensor, floor_time: float, floor_space: float, percentil
     return time, space.view_as(saliency)
 
 
-def scramble(saliency: Tensor) -> Tensor:
-    """(b f h w), h and w even: cells in 2 x 2 block order, read as plain rows. The released code's defect."""
-    blocks = rearrange(saliency, "b f (h p) (w q) -> b f (h w p q)", p=2, q=2)
-    return rearrange(blocks, "b f (h w) -> b f h w", h=saliency.shape[2])
-
-
 def intra_weight(saliency: Tensor, scores: Tensor, cfg: Config) -> Tensor:
     """Axis maps on the latent grid (b s f h w) and scores (b s) → W_intra (b f 1 h w), mean 1 per sample."""
     fused = fuse_axes(saliency, scores, cfg.fuse_temperature)
-    if cfg.released_patch_order:
-        fused = scramble(fused)
     time, space = factorise(fused, cfg.floor_time, cfg.floor_space, cfg.saliency_range == "percentile")
     time = time if cfg.time else torch.ones_like(time)
     space = space if cfg.space else torch.ones_like(space)

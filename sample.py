@@ -37,7 +37,7 @@ from engine.rng import rng_for
 from engine.sheet import contact_sheet, video_path, write_video
 from live.pace import in_words, played
 from model import RingCache
-from networks import load_net
+from networks import find_codec, load_net
 from rollout import directly, stream
 from world.words import left_open, tokenize, understand
 
@@ -158,16 +158,6 @@ def open_networks(preset: str, typed: dict, flags: Flags):
 
     print(f"student {path}, trained with --method={cfg.method}")
     return cfg, student, codec, read
-
-
-def find_codec(given: str, student: Path, header: dict) -> Path:
-    """--codec, or beside the student, or among the nets that its training began from. Raises BadInput."""
-    folders = dict.fromkeys((student.parent, student.parent.resolve() / header.get("nets", ".")))
-    paths = [Path(given)] if given else [folder / "codec.safetensors" for folder in folders]
-    for path in paths:
-        if path.exists():
-            return path
-    raise BadInput(f"no codec at {' or '.join(map(str, paths))}; name the student's: --codec=FILE")
 
 
 def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config:

@@ -188,9 +188,6 @@ def weigh(run: Run, x: Tensor, about) -> tuple[Tensor, Tensor, dict]:
             scores, intra = run.reward(video01, about), torch.ones(1, 1, 1, 1, 1, device=x.device)
     everyone = processes.gather(scores)
     inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)
-    if cfg.released_weight:
-        inter = inter.view(-1, len(x))[:, :1].expand(-1, len(x)).flatten()
-        intra = intra[:1]
     mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
     judged = everyone[everyone.isfinite().all(1)]
     stats = {name: judged[:, i].mean() for i, name in enumerate(AXES)}

@@ -37,7 +37,7 @@ class Stage:
 def learn(
     stage: Stage, net: nn.Module, opts: list, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()
 ):
-    """Minimise loss_of(net, averaged, step, *draw(step)): warm-up, constant, linear decay over the last 40 %.
+    """Minimise loss_of(net, step, *draw(step)): warm-up, constant, linear decay over the last 40 %.
 
     draw: step → (anything, tensors ...), a function of the step alone, so that it does not matter which
     process draws and when. opts: optimizers; their first learning rates are the highest. flags: out,
@@ -60,7 +60,7 @@ def learn(
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * min(1.0, warm, left)
         given = [x.to(cfg.device, non_blocking=cfg.device == "cuda") for x in given]
         with autocast(cfg):
-            loss = loss_of(net, averaged.module, step, drawn, *given)
+            loss = loss_of(net, step, drawn, *given)
         loss.backward()
         finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
         bad = 0 if finite else bad + 1

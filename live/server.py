@@ -16,17 +16,19 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from config import ROOT, BadInput
+from config import ROOT, BadInput, Config
 from live.pace import figures, fitting_steps, shown_at
-from live.show import Chunk, Wish
+from live.show import Chunk, Show, Wish, about, look_inside, memory, mp4
 
 IN_FLIGHT = 8  # frames that a viewer may owe
 WAITING = 100  # viewers in line
@@ -92,6 +94,19 @@ class Studio:
     open: Callable[[], Callable[[Wish], Chunk]]  # a new stream: a wish → its next chunk
     save: Callable[[list[bytes]], bytes]  # JPEGs → a video file
     memory: Callable[[], float]  # MiB
+
+
+def studio_of(cfg: Config, student, codec, read, flags) -> Studio:
+    """Streams of this student, shown as demo.py's flags say."""
+    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+    codec, (reward, words) = codec.to(cfg.device), look_inside(flags, cfg)
+    return Studio(
+        about(cfg, words, reward, flags.streams, flags.deadline, flags.adapt),
+        read=lambda prompt: read(prompt).to(cfg.device),
+        open=partial(Show, cfg, student, codec, reward),
+        save=partial(mp4, fps=cfg.fps, zoom=max(1, 256 // min(cfg.height, cfg.width))),
+        memory=partial(memory, cfg.device),
+    )
 
 
 class Line:
@@ -318,7 +333,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Starlette, listening: socket.socket) -> None:
-    """Until SIGTERM or Ctrl-C: viewers are told by their connection's end (1012), then this returns."""
+    """Prints where; until SIGTERM or Ctrl-C. Viewers are told by their connection's end (1012), then this
+    returns."""
+    host, port = listening.getsockname()[:2]
+    print(f"open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
     # small messages alone; a viewer that answers no ping for that long has left
     limits = dict(ws_max_size=4096, ws_per_message_deflate=False, ws_ping_interval=15, ws_ping_timeout=15)
     if threading.current_thread() is threading.main_thread():

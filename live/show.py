@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from config import Config
+from config import ROOT, Config
+from engine.checkpoint import read_header
 from engine.graphs import CudaGraphs
 from engine.processes import largest_process
 from engine.rng import rng_for
 from engine.sheet import to_uint8, write_video
 from live.overlay import MAPS, judged, remembered
 from model import RingCache
+from networks import find_codec, load_net
 from rollout import directly, step_grid, stream
 from world.words import KINDS
 
@@ -100,6 +102,17 @@ class Show:
         frames = [jpeg(frame) for frame in to_uint8(video01).numpy()]
         about["chunk"], self.number, self.index = self.number, self.number + 1, self.index + 1
         return Chunk(wish, frames, [m.tobytes() for m in maps], time.monotonic() - begin, about)
+
+
+def look_inside(flags, cfg: Config):
+    """→ the reward beside the codec, if there is one, and the words of prompts, by kind."""
+    if flags.wan:
+        return None, {}
+    path = Path(flags.student or ROOT / "assets" / cfg.preset / "stream_r1.safetensors")
+    header = read_header(path)
+    beside = find_codec(flags.codec, path, header).with_name("reward.safetensors")
+    reward = load_net(beside, cfg, "reward").requires_grad_(False) if beside.exists() else None
+    return reward, {"word": header.get("vocabulary", "").split()} if cfg.data else KINDS
 
 
 def about(cfg: Config, words: dict, reward, streams: int, deadline: int, adapt: bool) -> dict:

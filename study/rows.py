@@ -7,9 +7,8 @@ between the two says what this technique does.
 from config import METHODS, BadInput, build
 
 BASE, WINDOWED = "self_forcing", "windowed"  # plain DMD: the whole clip in view; with window and EMA sink
-_RF, _SR1, _DIAGONAL, _PLAIN = (
-    {"method": name} for name in ("reward_forcing", "stream_r1", "diagonal", WINDOWED)
-)
+_RF, _SR1, _DIAGONAL = ({"method": name} for name in ("reward_forcing", "stream_r1", "diagonal"))
+_PLAIN = {"method": WINDOWED}
 _HALF = _SR1 | {"beta": 0.5, "balance_window": 50}
 _TWO_STEPS = {"denoise": (1.0, 0.5)}
 ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
@@ -24,16 +23,13 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-inter-beta.5": _PLAIN | {"beta": 0.5},
     "stream_r1-inter-beta8": _PLAIN | {"beta": 8.0},
     "stream_r1-space": _PLAIN | {"space": True},
-    "stream_r1-space_scrambled": _PLAIN | {"space": True, "released_patch_order": True},
     "stream_r1-time": _PLAIN | {"time": True},
     "stream_r1-time_space": _PLAIN | {"time": True, "space": True},
     "stream_r1-unbalanced": _SR1 | {"balance": "none"},
-    "stream_r1-axis_weights": _SR1 | {"balance": "axis_weights"},
     "windowed-group4": _PLAIN | {"group": 4},
     "stream_r1-group4": _SR1 | {"group": 4},
     "stream_r1-softmax4": _SR1 | {"group": 4, "weight": "softmax"},
     "stream_r1-percentile": _SR1 | {"saliency_range": "percentile"},
-    "stream_r1-one_weight": _SR1 | {"released_weight": True},
     "stream_r1-kv_grad": _SR1 | {"kv_grad": True},
     # a quarter of the published strength, and a balance that hardly acts: runs of before
     "reward_forcing-beta.5": _RF | {"beta": 0.5},
@@ -66,8 +62,7 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
 CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where students of the base and of the context rows are sampled
 # objects in a clip: what makes it so, and the nets of this world
 WORLDS = {"one": ({}, "assets/tiny"), "two": ({"objects": 2, "text_length": 9}, "assets/two")}
-STEPS = 100  # of every row
-EVERY = 25  # steps between the measurements that choose a checkpoint
+STEPS, EVERY = 100, 25  # of every row: updates, and those between measurements that choose a checkpoint
 
 
 def as_flag(name: str, value) -> str:
@@ -83,9 +78,8 @@ def fields_of(name: str, world: str, typed: dict) -> dict:
 
 
 def reference(row: str) -> str:
-    """The row that a row is compared with: the same cache, guidance and prompts without the row's own
-    technique; other guidance with the usual one, other sinks with the EMA sink, weights of the motion term
-    beside a taper with none."""
+    """The row to compare with: the same cache, guidance and prompts without the row's own technique; for
+    other guidance the usual one, for other sinks the EMA sink, for motion weights beside a taper none."""
     cfg = build("tiny", ROWS[row])
     if row.startswith("reward_forcing-") and row != "reward_forcing-beta.5":
         return "reward_forcing-beta.5" if "beta.5" in row else "reward_forcing"

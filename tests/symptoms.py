@@ -29,11 +29,16 @@ SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
     "kv_grad": ("test_rollout.py -k no_gradient_leaks", (
         ("config.py", "kv_grad: bool = False", "kv_grad: bool = True"),
     )),
-    "scrambled": ("test_saliency.py -k intra_weight", (
-        ("saliency.py", "if cfg.released_patch_order:", "if True:"),
+    "scrambled": ("test_saliency.py -k argmax", (  # cells in 2 x 2 blocks, read as rows
+        ("saliency.py", "    time, space = factorise(",
+         '    fused = rearrange(fused, "b f (h p) (w q) -> b f (h w p q)", p=2, q=2).view_as(fused)\n'
+         "    time, space = factorise("),
     )),
     "one_weight": ("test_train.py -k weights_of_rollouts", (
-        ("train.py", "if cfg.released_weight:", "if True:"),
+        ("train.py", "    inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)\n",
+         "    inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)\n"
+         "    inter = inter.view(-1, len(x))[:, :1].expand(-1, len(x)).flatten()  # the first one's for all\n"
+         "    intra = intra[:1]\n"),
     )),
     "bf16_sink": ("test_model.py -k ema_sink", (
         ("config.py", '= "fp32"  # released', '= "bf16"  # released'),

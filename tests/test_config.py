@@ -48,10 +48,10 @@ def test_presets(name):
 def test_typed_values():
     """Catches values that are ignored or left as words."""
     cfg, flags = from_cli(
-        ["small", "--steps=7", "--lr", "1e-3", "--axes=VQ,TA", "--denoise=1,0.5", "--taper=first"]
+        ["small", "--steps=7", "--lr", "1e-3", "--axes=VQ,TA", "--denoise=1,0.5", "--context=none"]
     )
     assert flags is None
-    typed = dict(steps=7, lr=1e-3, axes=("VQ", "TA"), denoise=(1.0, 0.5), taper="first")
+    typed = dict(steps=7, lr=1e-3, axes=("VQ", "TA"), denoise=(1.0, 0.5), context="none")
     assert cfg == replace(PRESETS["small"], **typed)
 
 
@@ -95,7 +95,7 @@ def test_bare_booleans():
         (["--steps=0"], ["steps=0", "positive"]),
         (["--beta=-1"], ["beta=-1", "positive number or zero"]),
         (["--lr=nan"], ["lr=nan", "positive"]),
-        (["--taper=543"], ["taper=543", "uniform | 5432 | 432 | first"]),
+        (["--taper=543"], ["taper=543", "uniform | 5432 | 432"]),
         (["--context=dirty"], ["context=dirty", "clean | noisy | none"]),
         (["--height=36"], ["height=36", "multiple of 8"]),
         (["--frames=18"], ["frames=18", "multiple of chunk=4"]),
@@ -159,7 +159,7 @@ def test_flags_of_a_script():
 
 # -- help and saved settings -----------------------------------------------------------------------
 
-SCRIPTS = ("train", "pretrain", "sample", "bench", "study.evaluate", "study.figures", "wan.memory")
+SCRIPTS = "train pretrain sample bench study.evaluate study.figures study.reliability wan.memory".split()
 
 
 def help_of(capsys, *argv, flags=None, doc="") -> list[str]:
@@ -214,7 +214,7 @@ def test_help_is_short_and_of_the_preset_that_is_named(capsys):
     assert any("--steps=" in x and "default 25]" in x for x in short), "the script's own flag does not win"
     assert any("--dim=N" in x and "[default 192]" in x for x in full)
     assert any("--axes=A,B" in x and "[default VQ,MQ,TA]" in x for x in full)
-    assert any("--taper=" in x and "[uniform | 5432 | 432 | first; default uniform]" in x for x in full)
+    assert any("--taper=" in x and "[uniform | 5432 | 432; default uniform]" in x for x in full)
     assert full.index("transformer") < next(i for i, x in enumerate(full) if "--dim=" in x)
 
 

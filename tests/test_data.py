@@ -166,7 +166,7 @@ def test_all_stages_run_on_real_clips(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "rival_clips", lambda cfg, *a: (
         torch.rand(4, 16, 3, 32, 32), torch.rand(4, cfg.text_length, cfg.text_width)))  # fmt: skip
     cli(pretrain.main)
-    for name in pretrain.NEEDED:
+    for name in pretrain.STAGES:
         assert (out / f"{name}.safetensors").exists() and (out / f"{name}.png").exists()
     assert "pair accuracy" in capsys.readouterr().out
     before = torch.load(out / "teacher-state" / "step_000002.pt", weights_only=True)

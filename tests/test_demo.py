@@ -25,7 +25,7 @@ from config import build as build_config
 from engine.rng import rng_for
 from engine.sheet import to_uint8
 from live import overlay, pace, server
-from live.show import Chunk, Wish, jpeg
+from live.show import Chunk, Show, Wish, jpeg
 from model import ListCache, RingCache
 from reward import RewardModel
 from rollout import stream
@@ -367,7 +367,7 @@ def test_steps_fall_while_the_machine_is_slow_and_come_back():
 def test_fewer_steps_go_on_from_the_same_picture(own):
     """Catches a restart from noise, a chunk number that starts anew, noise that repeats."""
     cfg, student, codec, read = own
-    show, latents = demo.Show(cfg, student, codec, None), []
+    show, latents = Show(cfg, student, codec, None), []
     wish = Wish(RED, read(RED), seed=0, steps=4)
     for i, steps in enumerate((4, 4, 4, 2, 4)):
         assert show(replace(wish, steps=steps)).about["chunk"] == i
