@@ -292,11 +292,11 @@ def test_a_strangers_page_is_refused(port, origin, host):
 
 
 @pytest.mark.slow
-def test_thousands_of_connects(port):
+def test_hundreds_of_connects(port):
     """From this machine, each gone as soon as it is answered; then it streams as before."""
     ask = f"GET /stream HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     ask += f"Sec-WebSocket-Key: {'A' * 22}==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    for _ in range(3_000):
+    for _ in range(500):
         with socket.create_connection(("127.0.0.1", port)) as caller:
             caller.sendall(ask.encode())
             assert caller.recv(12) == b"HTTP/1.1 101"

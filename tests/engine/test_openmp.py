@@ -45,9 +45,9 @@ def busy():
 def milliseconds(**more) -> float:
     """Of a chunk, by two threads; inf if it takes too long to tell."""
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | more
-    words = [sys.executable, "bench.py", "tiny", "--chunks=10", "--threads=2", "--device=cpu", "--json"]
+    words = [sys.executable, "bench.py", "tiny", "--chunks=3", "--threads=2", "--device=cpu", "--json"]
     try:
-        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
         return math.inf  # spinning threads may well not come to an end
     return json.loads(done.stdout)["rows"][0]["diffusion ms p50"]
