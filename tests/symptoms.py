@@ -49,7 +49,7 @@ SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
         ("train.py", _REWARD, _REWARD.replace("float()", "float() * 2 - 1")),
         ("reward.py", "if low < -1e-3 or high > 1 + 1e-3:", "if False:"),
     )),
-    "idle_critic": ("test_train.py -k accumulation", (
+    "idle_critic": ("test_train.py -k critic_learns", (
         ("train.py", "update(run.critic, run.critic_opt, cfg)", "1.0"),
     )),
     "papers_guidance": ("test_dmd.py -k guidance", (

@@ -121,6 +121,20 @@ def test_every_method_takes_a_step(nets, tmp_path, monkeypatch, method):
     assert metrics(tmp_path)[0]["grad_norm"] > 0
 
 
+def test_the_critic_learns_and_the_student_waits(nets, tmp_path):
+    """Catches a critic that is measured and never moved, and a critic's loss that moves the student."""
+    cfg = build("tiny", SMALL | {"device": "cpu"})
+    run = train.prepare(cfg, train.Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
+    before = [[p.clone() for p in net.parameters()] for net in (run.critic, run.student)]
+    train.update_critic(run, "critic", 0, 0)
+    after = [list(net.parameters()) for net in (run.critic, run.student)]
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(*pair, strict=True))
+        for pair in zip(before, after, strict=True)
+    ]
+    assert moved == [True, False]
+
+
 def test_weights_of_rollouts(nets, tmp_path):
     """Every rollout gets its own weights. Catches a first one that is judged for all, as released."""
     cfg = build("tiny", SMALL | {"device": "cpu", "beta": 4.0})
