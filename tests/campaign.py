@@ -207,25 +207,13 @@ def mutated(data: bytes, rng) -> bytes:
     return head + rng.choice((b"", tail, piece * 2 + tail, bytes(len(piece)) + tail, flipped))
 
 
-class Payload:
-    """Pickled, it writes a file where it is loaded."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def checkpoints(nets: Path, rng, count: int = 300) -> list[str]:
     end(train.main, command(nets, nets / "run", "--steps=1"))
     student, state = nets / "run/student.safetensors", nets / "run/step_000001.pt"
     header, flags = checkpoint.read_header(student), sample.Flags(student=str(student))
-    whole, cfg = (
-        {path: path.read_bytes() for path in (student, state)},
-        build("tiny", SMALL | {"device": "cpu"}),
-    )
-    rows, ran = [], nets / "ran"
+    whole = {path: path.read_bytes() for path in (student, state)}
+    rows, ran, cfg = [], nets / "ran", build("tiny", SMALL | {"device": "cpu"})
+    payload = type("Payload", (), {"__reduce__": lambda self: (Path.touch, (ran,))})
     looks = {student: lambda: sample.open_networks("tiny", {}, flags),
              state: lambda: checkpoint.load_state(nets / "run", cfg, FREE)}  # fmt: skip
     for i in range(count):
@@ -237,7 +225,8 @@ def checkpoints(nets: Path, rng, count: int = 300) -> list[str]:
             x[one] = rng.choice((x[one].flatten()[:-1], x[one].double(), x[two])).contiguous().clone()
             save_file(x, student, header)
         if i % 30 == 5:  # code in place of a part
-            torch.save(torch.load(state) | {rng.choice(("best", "config", "student")): Payload(ran)}, state)
+            state.write_bytes(whole[state])
+            torch.save(torch.load(state) | {rng.choice(("best", "config", "student")): payload()}, state)
         if i % 30 == 10:  # a header that says it is huge
             path.write_bytes(rng.choice((2**27, 2**40, 2**63)).to_bytes(8, "little") + whole[path][8:])
         rows.append(f"{path.suffix}: {outcome(looks[path])}{', CODE WAS RUN' * ran.exists()}")
@@ -249,9 +238,8 @@ def clips(nets: Path, rng, count: int = 300) -> list[str]:
     video, rows, cfg = torch.rand(24, 32, 32, 3).mul(255).byte().numpy(), [], build("tiny", {})
     for name in ("a.mp4", "a.gif", "a.webp"):
         sample.write_video(nets / name, iter(video), 8)
-    (nets / "metadata.jsonl").write_text(
-        '{"file_name": "b", "text": "a"}\n{"file_name": "a.gif", "text": "b"}\n'
-    )
+    row = '{"file_name": "%s", "text": "a"}\n'
+    (nets / "metadata.jsonl").write_text(row % "b" + row % "a.gif")
     for i in range(count):
         kind = ("a.mp4", "a.gif", "a.webp", "metadata.jsonl")[i % 4]
         path = nets / (kind if kind == "metadata.jsonl" else "b")
@@ -282,14 +270,12 @@ def prompts(nets: Path, rng, count: int = 500) -> list[str]:
 def drift(nets: Path, rng, count: int = 100_000) -> list[str]:
     """The shipped student for `count` chunks: memory, and its last 100 chunks against the first 100."""
     prompt, memory, parts = "a red circle moving left slowly on a black background", [], deque(maxlen=100)
-    for i, part in enumerate(
-        islice(hubconf.student(device="cpu").stream(prompt, seed=rng.randrange(99)), count)
-    ):
+    made = hubconf.student(device="cpu").stream(prompt, seed=rng.randrange(99))
+    for i, part in enumerate(islice(made, count)):
         parts.append(part)
         if i % 100 == 99:
-            memory.append(
-                int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-            )
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory.append(pages * resource.getpagesize() / 2**20)
         if i == 99:
             first = torch.cat(list(parts))
     last = torch.cat(list(parts))
