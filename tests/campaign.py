@@ -35,7 +35,6 @@ import train
 from config import BadInput, build, cli
 from data import ClipFolder
 from engine import checkpoint
-from engine.checkpoint import fingerprint
 from run import FREE, read_metrics
 from world.measure import measure
 
@@ -51,14 +50,12 @@ def begin(main, words, log=os.devnull):
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         cli(main)
 
-    process = FORK.Process(target=run)
-    process.start()
+    (process := FORK.Process(target=run)).start()
     return process
 
 
 def end(main, words, log=os.devnull) -> int:
-    process = begin(main, words, log)
-    process.join()
+    (process := begin(main, words, log)).join()
     return process.exitcode
 
 
@@ -82,7 +79,7 @@ def bits(out: Path, name: str) -> list:
     """All numbers that a run leaves: of its weights and of its last state."""
     state = torch.load(newest(out), weights_only=True)
     tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
-    return [fingerprint(out, (name,)), *(x.numpy().tobytes() for x in tensors)]
+    return [checkpoint.fingerprint(out, (name,)), *(x.numpy().tobytes() for x in tensors)]
 
 
 def outcome(look) -> str:
@@ -101,8 +98,7 @@ def outcome(look) -> str:
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 64 * 1024
         there.send(said + ", MORE THAN 64 MiB" * grown)
 
-    process = FORK.Process(target=run)
-    process.start()
+    (process := FORK.Process(target=run)).start()
     there.close()
     try:
         return here.recv() if here.poll(60) else "HANGS"
@@ -113,7 +109,6 @@ def outcome(look) -> str:
         process.join()
 
 
-# -- runs that are ended ----------------------------------------
 def kill(nets: Path, rng, count: int = 50, numbers=(signal.SIGKILL,)) -> list[str]:
     """train.py and pretrain.py ended by a signal at random moments and resumed → what came of each. As a
     stage of pretraining saves every 500 steps, it is ended in the few that follow its first save."""
@@ -125,14 +120,14 @@ def kill(nets: Path, rng, count: int = 50, numbers=(signal.SIGKILL,)) -> list[st
         whole, out = nets / f"{name}-whole", nets / f"{name}-ended"
         end(main, [*words, f"--out={whole}"])
         wanted, given = bits(whole, name), list(whole.glob("*/step_000500.pt"))
-        for i, number in enumerate([None, *(number for number in numbers for _ in range(times))]):
+        for number in [None, *(number for number in numbers for _ in range(times))]:
             shutil.rmtree(out, ignore_errors=True)
             (out / "codec-state").mkdir(parents=True)
             for path in given:
                 shutil.copy(path, out / "codec-state")
             start = time.perf_counter()
             process = begin(main, [*words, f"--out={out}", *["--resume"] * bool(given)])
-            if i == 0:  # how long it takes when it is not ended
+            if number is None:  # how long it takes when it is not ended
                 process.join()
                 seconds = time.perf_counter() - start
                 continue
@@ -150,7 +145,7 @@ def kill(nets: Path, rng, count: int = 50, numbers=(signal.SIGKILL,)) -> list[st
 
 def ranks(nets: Path, rng, count: int = 3) -> list[str]:
     """torchrun with two ranks, of which one is killed after the first save."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    head = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
     env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else the next try meets the last one's
     quiet, rows = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), []
     for i in range(count + 1):
@@ -177,16 +172,16 @@ def disk(nets: Path, rng, count: int = 12) -> list[str]:
 
     def told(main, words) -> str:
         code = end(main, words, log)
-        lines = [line for line in log.read_text().splitlines() if line.startswith(f"{words[0]}: ")]
-        lines = [line.replace(str(nets), "")[:60] for line in lines]
-        return f"{code} {lines if code else ''}{' TRACEBACK' * ('Traceback' in log.read_text())}"
+        text = log.read_text().replace(str(nets), "")
+        lines = [line[:60] for line in text.splitlines() if line.startswith(f"{words[0]}: ")]
+        return f"{code} {lines if code else ''}{' TRACEBACK' * ('Traceback' in text)}"
 
+    words = command(nets, small / "run", "--steps=3", "--save_every=1")
     hows = [("small", f"size={rng.randint(4, 60) * 64}k") for _ in range(count)]
     hows += [("inodes", f"size=64m,nr_inodes={n}") for n in range(2, 9)] + [("read-only", "size=64m,ro")]
     for kind, how in hows:
         subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", small], check=True)
         try:
-            words = command(nets, small / "run", "--steps=3", "--save_every=1")
             learnt = told(train.main, words)
             shown = [f"--student={nets}/stream_r1.safetensors", f"--out={small}/clip.mp4", "--frames=64"]
             shown, broken = told(sample.main, ["sample.py", *shown]), torn(small)
@@ -198,7 +193,6 @@ def disk(nets: Path, rng, count: int = 12) -> list[str]:
     return rows
 
 
-# -- input that is broken ----------------------------------------
 def mutated(data: bytes, rng) -> bytes:
     """A cut, a piece lost, twice or zero, a flipped bit; half of them near the beginning."""
     at, size = rng.randrange(min(len(data), rng.choice((2000, 10**9)))), rng.randrange(1, 200)
@@ -238,14 +232,14 @@ def clips(nets: Path, rng, count: int = 300) -> list[str]:
     video, rows, cfg = torch.rand(24, 32, 32, 3).mul(255).byte().numpy(), [], build("tiny", {})
     for name in ("a.mp4", "a.gif", "a.webp"):
         sample.write_video(nets / name, iter(video), 8)
-    row = '{"file_name": "%s", "text": "a"}\n'
+    keys, row = [(0, i) for i in range(6)], '{"file_name": "%s", "text": "a"}\n'
     (nets / "metadata.jsonl").write_text(row % "b" + row % "a.gif")
     for i in range(count):
         kind = ("a.mp4", "a.gif", "a.webp", "metadata.jsonl")[i % 4]
         path = nets / (kind if kind == "metadata.jsonl" else "b")
         whole = (nets / kind).read_bytes()
         path.write_bytes(mutated(whole, rng))
-        rows.append(f"{kind}: {outcome(lambda: ClipFolder(cfg, str(nets)).batch([(0, 1), (0, 2)]))}")
+        rows.append(f"{kind}: {outcome(lambda: ClipFolder(cfg, str(nets)).batch(keys))}")
         path.write_bytes(whole)
     return rows
 
@@ -266,7 +260,6 @@ def prompts(nets: Path, rng, count: int = 500) -> list[str]:
     return rows
 
 
-# -- a long stream ----------------------------------------
 def drift(nets: Path, rng, count: int = 100_000) -> list[str]:
     """The shipped student for `count` chunks: memory, and its last 100 chunks against the first 100."""
     prompt, memory, parts = "a red circle moving left slowly on a black background", [], deque(maxlen=100)
@@ -274,18 +267,15 @@ def drift(nets: Path, rng, count: int = 100_000) -> list[str]:
     for i, part in enumerate(islice(made, count)):
         parts.append(part)
         if i % 100 == 99:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            memory.append(pages * resource.getpagesize() / 2**20)
+            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) / 256)  # pages of 4 KiB
         if i == 99:
             first = torch.cat(list(parts))
     last = torch.cat(list(parts))
     early, late, both = (measure(clip[None], [prompt]) for clip in (first, last, torch.cat([first, last])))
-    told = [f"{k} {early[k].item():.2f} and {late[k].item():.2f}" for k in ("colour", "shape", "paint")]
+    told = [f"{k} {early[k].item():.2f}, {late[k].item():.2f}" for k in ("colour", "shape", "paint")]
     told += [f"{k} changes by {both[k].item():+.3f}" for k in ("saturation", "contrast")]
-    told += [
-        f"MiB {' '.join(f'{memory[int(at * (len(memory) - 1))]:.1f}' for at in (0, 0.25, 0.5, 0.75, 1))}"
-    ]
-    return [f"{count} chunks: {', '.join(told)}"]
+    mib = [f"{memory[int(at * (len(memory) - 1))]:.1f}" for at in (0, 0.25, 0.5, 0.75, 1)]
+    return [f"{count} chunks: {', '.join(told)}, MiB {' '.join(mib)}"]
 
 
 signals = partial(kill, count=5, numbers=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
