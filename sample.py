@@ -184,7 +184,7 @@ def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]
             where = ", ".join(str(cfg.pixels(k)) for k in (1, 2, 3))
             allowed = f"the first has no @FRAME, the others end in one, where a chunk begins ({where}, ...)"
             between = f"after {last} and before --frames={flags.frames}"
-            raise BadInput(f"--prompt {typed!r} is not possible; allowed: {allowed} {between}")
+            raise BadInput(f"--prompt {typed[:200]!r} is not possible; allowed: {allowed} {between}")
         last = frame
         plan.append((prompt, last, starts[last] - given))
     return plan

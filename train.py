@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, build, cli, read_cli
+from config import BadInput, Config, build, cli, read_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
@@ -51,6 +51,10 @@ class Flags:
 def main() -> None:
     cfg, flags = settings()
     openmp.use_threads(cfg.threads)
+    restarts, kept = (os.environ.get(f"TORCHELASTIC_{k}", "0") for k in ("MAX_RESTARTS", "USE_AGENT_STORE"))
+    if restarts != "0" and kept == "True":  # a restarted process would wait for the addresses of the dead
+        what = "first TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, then --standalone or --rdzv-backend=c10d"
+        raise BadInput(f"torchrun --max-restarts would wait for ever after a failure; allowed: {what}")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts, after a failure
         flags = replace(flags, resume=bool(checkpoint.states(Path(flags.out))))
     elif flags.resume:

@@ -31,9 +31,9 @@ _DEPENDS = {"codec": "channels stride", "reward": "height width text_length text
 def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -> None:
     """Run `write` on a temporary name beside `path`, flush, rename: a reader sees all or nothing. size: in
     bytes, to be named where there is no space. Raises BadInput; what `path` held before is then intact."""
-    path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        temporary.touch()  # where no inode is left this says so; torch's error does not
         write(temporary)
         temporary.chmod(0o644)  # safetensors leaves files that only their owner can read
         with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing

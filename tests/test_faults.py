@@ -188,6 +188,15 @@ def test_a_full_disk_while_a_state_is_written(tried, ran, tmp_path, monkeypatch,
         patch.setattr(checkpoint.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))
         line = refused(train, *tried, "--steps=2", "--resume")
     assert f"no space left in {tmp_path / 'run'}, needs " in line and " MB" in line
+
+    def touch(path, real=Path.touch):
+        if path.suffix == ".pt":
+            raise OSError(errno.ENOSPC, "no inode is left, of which torch says: open file failed")
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", touch)
+        assert f"no space left in {tmp_path / 'run'}" in refused(train, *tried, "--steps=2", "--resume")
     assert (tmp_path / "run" / "step_000001.pt").read_bytes() == before
     in_process(monkeypatch, train, *tried, "--steps=2", "--resume")
 
@@ -227,8 +236,13 @@ def test_resuming_where_nothing_is_names_what_is(tried, ran, tmp_path, refused):
     assert not (tmp_path / "rum").exists()
 
 
-def test_torchruns_restart_resumes_what_there_is(tried, tmp_path, monkeypatch):
-    """With --max-restarts the same words are typed again: a run goes on, or begins where none was saved."""
+def test_torchruns_restart_resumes_what_there_is(tried, tmp_path, monkeypatch, refused):
+    """With --max-restarts the same words are typed again: a run goes on, or begins where none was saved. With
+    the agent's store, in which the addresses of the dead are kept, it would wait for them."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in refused(train, *tried, "--steps=1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for steps in (1, 2):
         in_process(monkeypatch, train, *tried, f"--steps={steps}", "--save_every=1")
@@ -329,10 +343,10 @@ def test_an_at_sign_in_a_prompt():
 
     assert plan("mail me@home", "a sign, @ work@8") == [("mail me@home", 0), ("a sign, @ work", 8)]
     assert plan("route @66@0") == [("route @66", 0)]
-    for prompts in (("a@8",), ("a", "b"), ("a", "b @ home"), ("a", "b@9")):
+    for prompts in (("a@8",), ("a", "b"), ("a", "b @ home"), ("a", "b@9"), ("a", "b" * 10**6)):
         with pytest.raises(BadInput) as caught:
             plan(*prompts)
-        assert f"--prompt {prompts[-1]!r} is not" in str(caught.value)
+        assert f"--prompt {prompts[-1][:200]!r} is not" in str(caught.value)
 
 
 def test_what_a_terminal_cannot_show_ends_no_script():

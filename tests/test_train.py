@@ -172,7 +172,8 @@ def test_broken_samples_are_left_out_of_the_step(nets, tmp_path, monkeypatch, br
     assert any(not torch.equal(after[k], start[k].float()) for k in start) == (broken < 4)
 
 
-def test_a_rollout_without_a_finite_reward_is_dropped_and_counted(nets, tmp_path):
+@pytest.mark.parametrize("where", ["reward", "decode"])
+def test_a_rollout_without_a_finite_reward_is_dropped_and_counted(nets, tmp_path, where):
     """One nan score of four: the step goes on with three. Catches a nan that costs the whole update, and a
     rollout that gets the weight zero and is not counted."""
     cfg = build("tiny", SMALL | {"device": "cpu"})
@@ -187,7 +188,11 @@ def test_a_rollout_without_a_finite_reward_is_dropped_and_counted(nets, tmp_path
             scores = real(video01, text)
             return torch.cat([scores[:1] * torch.nan, scores[1:]])
 
-    run.reward = OneIsNan()
+    if where == "reward":
+        run.reward = OneIsNan()
+    else:
+        decode = run.codec.decode
+        run.codec.decode = lambda x: torch.cat([decode(x[:1]) * torch.nan, decode(x[1:])])
     stats = train.update_student(run, 0)
     assert stats["dropped"] == 1 and 0 < stats["grad_norm"] < 100
     assert all(math.isfinite(stats[k]) for k in ("VQ", "MQ", "TA", "w_inter", "ess", "w_intra_max"))
