@@ -80,8 +80,6 @@ def settings() -> tuple[Config, Flags]:
 def learn(run: Run) -> None:
     """All steps that are left."""
     stop, cfg = checkpoint.stop_on_signal(), run.cfg
-    ahead = range(run.step, cfg.steps)
-    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=run.rank > 0)
     if run.step == 0:
         sheet(run, "before", run.student)
         if run.rank == 0 or cfg.shard:
@@ -90,6 +88,8 @@ def learn(run: Run) -> None:
             update_critic(run, "warm-up", i)
             if processes.any_of(bool(stop), cfg.device):
                 return finish(run, stop)
+    ahead = range(run.step, cfg.steps)
+    bar = tqdm(ahead, initial=run.step, total=cfg.steps, desc=cfg.method, disable=run.rank > 0)
     for step in bar:
         start = time.perf_counter()
         stats = update_student(run, step)

@@ -190,13 +190,15 @@ def test_a_full_disk_while_a_state_is_written(tried, ran, tmp_path, monkeypatch,
     assert f"no space left in {tmp_path / 'run'}, needs " in line and " MB" in line
 
     def touch(path, real=Path.touch):
-        if path.suffix == ".pt":
+        if path.suffix in (".pt", ".png"):
             raise OSError(errno.ENOSPC, "no inode is left, of which torch says: open file failed")
         real(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "touch", touch)
         assert f"no space left in {tmp_path / 'run'}" in refused(train, *tried, "--steps=2", "--resume")
+        new = f"--out={tmp_path / 'new'}"  # at the first picture no progress bar stands in the line
+        assert f"no space left in {tmp_path / 'new'}" in refused(train, *tried, new, "--steps=2")
     assert (tmp_path / "run" / "step_000001.pt").read_bytes() == before
     in_process(monkeypatch, train, *tried, "--steps=2", "--resume")
 
