@@ -325,6 +325,8 @@ def application(studio: Studio, streams: int, bound: str) -> Starlette:
 def listen(host: str, port: int) -> socket.socket:
     """Raises BadInput: before the networks are opened."""
     try:
+        if port > 65535:  # which getaddrinfo would take modulo 65536
+            raise OverflowError("ports end at 65535")
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, OverflowError) as error:
@@ -333,8 +335,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Starlette, listening: socket.socket) -> None:
-    """Prints where; until SIGTERM or Ctrl-C. Viewers are told by their connection's end (1012), then this
-    returns."""
+    """Prints where; until SIGTERM or Ctrl-C. Viewers' connections end, then this returns. They are
+    told why (1012), unless an answer of theirs crosses the end: TCP then drops what was not read."""
     host, port = listening.getsockname()[:2]
     print(f"open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
     # small messages alone; a viewer that answers no ping for that long has left

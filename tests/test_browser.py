@@ -100,17 +100,22 @@ def test_survives_a_reload_and_a_killed_server(open_page):
         moves(page)
         page.reload()
         moves(page)
+        reached = int(page.inner_text("#chunk"))
     says(page, "trying again")
+    assert page.inner_text("#status") != "live"
     with serving(ROOT / "assets" / "tiny", port=own):
         moves(page)
+        assert int(page.inner_text("#chunk")) <= reached, "a new server begins a new stream"
 
 
 def test_two_tabs_and_a_third_in_line(open_page):
     one, two, three = open_page(), open_page(), open_page()
     moves(one), moves(two)
     says(three, "place 1 in line")
+    assert three.inner_text("#status") != "live" and one.inner_text("#status") == "live"
     one.close()
     moves(three)
+    assert "in line" not in three.inner_text("body")
 
 
 def test_keyboard_alone(open_page):
