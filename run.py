@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,6 +98,7 @@ class Run(Networks):
     rank: int
     world: int
     source: World | ClipFolder  # or wan.networks.PromptFile
+    dream: Callable = rollout  # what makes the student's videos, called as rollout is
     student_opt: torch.optim.Optimizer
     critic_opt: torch.optim.Optimizer
     balancer: Balancer
@@ -229,7 +231,7 @@ def imagine(run: Run, net: nn.Module, clips: int, chunks: int) -> tuple[Tensor, 
     words = source.captions([(i,) for i in range(clips)])
     text = run.read(words).to(cfg.device)
     with torch.no_grad(), processes.autocast(cfg):
-        x = rollout(net, text, cfg, [rng_for("select", i) for i in range(clips)], chunks)
+        x = run.dream(net, text, cfg, [rng_for("select", i) for i in range(clips)], chunks)
         video01 = torch.cat([run.codec.decode(part) for part in x.split(16)])
     return video01.float().cpu(), [" ".join(w) if cfg.data else caption(w) for w in words]
 

@@ -31,7 +31,7 @@ from dmd import critic_loss, dmd_gradient, dmd_loss, sample_t
 from engine import checkpoint, processes
 from engine.rng import randn, rng_for
 from reward import AXES, effective_share, rollout_weight
-from rollout import exit_step, rollout, rollout_chunks
+from rollout import exit_step, rollout_chunks
 from run import Run, finish, held_out, log, prepare, save, select, sheet, stop_if_broken
 from saliency import intra_weight, reward_saliency, to_latent_grid
 
@@ -119,7 +119,7 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         # 1. the student dreams a video the way it will at inference
         chunks, exit = rollout_chunks(cfg, "student", step), exit_step(cfg, "student", step)
         with processes.autocast(cfg):
-            x = rollout(run.student, text, cfg, rngs, chunks, exit, grad=True)
+            x = run.dream(run.student, text, cfg, rngs, chunks, exit, grad=True)
         if not processes.may(x.isfinite().all(), cfg):
             x, rngs = without_broken(run, x, text, chunks, exit, ("student", step), micro)
         # 2. how far to trust the teacher on this rollout, and where
@@ -169,7 +169,7 @@ def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, ke
     if processes.may(sane.any(), run.cfg):
         kept = [g for g, ok in zip(rngs, sane.tolist(), strict=True) if ok]
         with processes.autocast(run.cfg):
-            x[sane] = rollout(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
+            x[sane] = run.dream(run.student, text[sane], run.cfg, kept, chunks, exit, grad=True)
     return x, rngs
 
 
@@ -207,7 +207,7 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
         rngs, text, _ = draw(run, *key, micro=micro)
         with processes.autocast(cfg):
             with torch.no_grad():
-                x = rollout(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
+                x = run.dream(run.student, text, cfg, rngs, rollout_chunks(cfg, *key), exit_step(cfg, *key))
             t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
         finite = x.isfinite().flatten(1).all(1)
         dropped += (~finite).sum() * run.world
