@@ -2,13 +2,12 @@
 
     python bench.py                      # tiny: eager, on a GPU CUDA graphs as well; --compile adds a mode
     python bench.py wan-1.3b --bf16      # the real shapes on random weights: speed does not depend on them
-    python bench.py tiny --long=10000    # is chunk 10,000 as fast as chunk 10?
     python bench.py tiny --data=clips    # how fast are --chunks windows of clips read, and read again?
     python bench.py wan-1.3b --bf16 --profile      # a chunk's time by kernel instead, of each mode
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
 remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
-after the window has filled. An old stream and a fresh one take turns: a machine's speed changes in minutes.
+after the window has filled. That a stream stays as fast as it was: tests/campaign.py.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -39,7 +38,6 @@ class Flags:
     chunks: int = 100  # timed per mode
     fps: int = 16  # of playback: frames that come later are late
     compile: bool = False  # a third mode, torch.compile
-    long: int = 0  # also compare a stream this many chunks old with a fresh one
     profile: bool = False  # where a chunk's time goes, kernel by kernel, instead of how fast it is
     json: bool = False  # one line for machines, not a table
 
@@ -81,20 +79,6 @@ def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
     return parts, seconds_of(parts, cfg, cfg.cached_chunks + 5)[0]
 
 
-def late_to_early(parts, student: VideoDiT, cfg: Config, how, flags: Flags) -> dict[str, float]:
-    """Let a stream grow `long` chunks older; then it and a fresh one, in turns → the median over pairs of
-    what a chunk costs late, relative to early, and by how many MiB the peak has grown on the way."""
-    before = peak_memory(cfg)
-    seconds_of(parts, cfg, flags.long)
-    grown = peak_memory(cfg) - before
-    fresh, _ = start_stream(student, cfg, how)
-    ratios = []
-    for i in range(flags.chunks):
-        seconds = {each: seconds_of(each, cfg, 1)[0] for each in (parts, fresh)[:: 1 if i % 2 else -1]}
-        ratios.append(seconds[parts] / seconds[fresh])
-    return {"late : early": float(torch.tensor(ratios).quantile(0.5)), "late grown MiB": grown}
-
-
 def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: float, peak: float) -> dict:
     """One row of the table."""
     if cfg.device == "cuda":
@@ -115,8 +99,6 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     row["TFLOP/s"] = flops / float(seconds.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
     row["peak MiB"] = peak_memory(cfg)
-    if flags.long:
-        row |= late_to_early(parts, student, cfg, how(), flags)
     return row
 
 
@@ -182,7 +164,7 @@ def main() -> None:
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
     rows = reading(cfg, flags) if cfg.data else sampling(cfg, flags)
-    passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context != "none")
+    passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context in ("clean", "noisy"))
     cpu = f"CPU, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if cfg.device == "cuda" else {"cpu": cpu}.get(cfg.device, cfg.device)
     facts = {

@@ -56,14 +56,12 @@ class Config:
     sink: int = 1  # chunks of it that are never evicted; diagonal's is published as 3 static frames
     sink_mode: Literal["none", "static", "ema"] = "ema"  # ema: Reward Forcing's EMA-Sink
     sink_decay: float = 0.99  # EMA-Sink: share of the old sink kept at each eviction
-    sink_dtype: Literal["fp32", "bf16"] = "fp32"  # released: bf16, where decay .999 stands still
-    kv_grad: bool = False  # let gradient leak through the cache, as the released code does
     # flow and rollout ------------------------------------------------------------------------------------
     shift: float = 3.0  # warps uniform time towards noise
     guidance: float = 1.5  # u + guidance * (c - u); the papers' "3.0" is 4.0; 3 makes objects shake more
     denoise: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # student's time grid before the shift
     taper: Literal["uniform", "5432", "432"] = "uniform"  # steps per chunk; noise levels are ours
-    context: Literal["clean", "noisy", "none"] = "clean"  # what later chunks see; none: the last step's keys
+    context: Literal["clean", "noisy", "none", "aligned"] = "clean"  # what later chunks see: docs/method.md
     context_t: float = 0.0  # noise level of a noisy context, in [0, 1)
     horizon: int = 2  # rollouts last up to horizon * frames; DMD looks at the last `frames`
     # method ----------------------------------------------------------------------------------------------
@@ -139,6 +137,7 @@ class Config:
         check("denoise", falling, "1.0, ... falling, above 0")
         own = self.taper != "uniform" and grid != Config.denoise
         check("denoise", not own, f"none with taper={self.taper}, which has noise levels of its own")
+        check("context", self.context != "aligned" or self.taper == "uniform", "aligned with taper=uniform")
         check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")

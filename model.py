@@ -29,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 from config import Config
 
 KV = list[tuple[Tensor, Tensor]]  # per layer: keys before RoPE and values, each (b n a d)
-SINK_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 T_MIN = 0.05  # an x-predicting net's velocity is (x_t - x) / max(t, T_MIN)
 
 
@@ -101,7 +100,7 @@ class Cache:
         frames = torch.arange((1 + cfg.cached_chunks) * cfg.chunk_tokens)
         turns = turns_at(frames.to(model.patch_embedding.weight.device), *cfg.grid, cfg.dim // cfg.heads)
         self.places = turns.unflatten(0, (-1, cfg.tokens))  # of every chunk in the window, (m n 1 d/2 2)
-        self.cfg, self.layers = cfg, range(len(model.blocks))
+        self.cfg, self.chunk, self.layers = cfg, cfg.chunk, range(len(model.blocks))
         self.reset()
 
     @property
@@ -153,12 +152,12 @@ class ListCache(Cache):
         self.oldest = self.chunks.pop(self.cfg.sink) if self.evicts else []
 
     def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
-        cfg, like = self.cfg, k.dtype
-        self.chunks[-1].append((k, v) if cfg.kv_grad else (k.detach(), v.detach()))
-        if self.evicts and cfg.sink_mode == "ema":
-            dtype, share = SINK_DTYPES[cfg.sink_dtype], 1 - cfg.sink_decay
+        like = k.dtype
+        self.chunks[-1].append((k.detach(), v.detach()))
+        if self.evicts and self.cfg.sink_mode == "ema":  # in fp32: in bf16 a decay of .999 stands still
             pairs = zip(self.chunks[0][layer], self.oldest[layer], strict=True)
-            self.chunks[0][layer] = tuple(old.to(dtype).lerp(new.to(dtype), share) for old, new in pairs)
+            share = 1 - self.cfg.sink_decay
+            self.chunks[0][layer] = tuple(old.float().lerp(new.float(), share) for old, new in pairs)
         ks, vs = zip(*(chunk[layer] for chunk in self.chunks), strict=True)
         turns = self.places[: self.filled].flatten(0, 1)
         # joined and rotated once a chunk, not once a pass
@@ -185,8 +184,7 @@ class RingCache(Cache):
         self.keys, self.values = ([zeros(shape, dtype=dtype) for _ in model.blocks] for _ in "kv")
         # of what is remembered: keys before RoPE; and the sink's keys and values
         self.raw = [zeros(batch, shape[1] - 1, *shape[2:], dtype=dtype) for _ in model.blocks]
-        ema, sink = cfg.sink_mode == "ema", SINK_DTYPES[cfg.sink_dtype]
-        self.sink = [zeros(2, batch, *shape[2:], dtype=sink) for _ in model.blocks if ema]
+        self.sink = [zeros(2, batch, *shape[2:]) for _ in model.blocks if cfg.sink_mode == "ema"]
         self.slot = zeros(1, dtype=torch.long)  # of the newest chunk
         super().__init__(model, cfg)
 
@@ -383,7 +381,7 @@ class VideoDiT(nn.Module):
                 mask = mask[::r, ::r].to(xt.device).repeat_interleave(h * w, 0).repeat_interleave(h * w, 1)
             looks = [partial(look, turns=turns, mask=mask)] * len(self.blocks)
         else:
-            looks = cache.looks(both := xt.shape[1] > cache.cfg.chunk)
+            looks = cache.looks(both := xt.shape[1] > cache.chunk)
         kv = []
         for block, *args in zip(self.blocks, words, looks, strict=True):
             recompute = self.checkpointing and torch.is_grad_enabled()

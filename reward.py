@@ -4,7 +4,6 @@ VQ visual quality, MQ motion quality, TA text alignment, after VideoAlign (Liu e
 trained by Bradley-Terry on pairs (world/corrupt.py), P(a beats b) = σ(r_a - r_b), an axis per kind of damage.
 
     r = mean_s r_s - λ std_s(Δ_s)        Stream-R1's balance; Δ_s: how axis s improves      Balancer
-    r = Σ_s a_s r_s, a = softmax(-Δ/τ)   ours: an axis that lags behind gets a larger say   Balancer
     w = exp(β r)                         Reward Forcing's and Stream-R1's rollout weight    rollout_weight
 """
 

@@ -4,12 +4,17 @@ Self Forcing (Huang et al., 2025): the student learns on what it generates itsel
 steps the prediction is noised afresh (consistency-style), x ← (1 - t') x̂ + t' ε; when training, a rollout
 stops at one random "exit" step and only that forward pass carries gradient. Everything the family varies is
 an argument: the number of steps per chunk, and what later chunks get to see of this one.
+
+Each sample's generator is asked once, for a seed; every chunk draws from generators of its own. So a chunk's
+noise depends neither on the exit nor on how many steps the chunks before it took, methods can be compared on
+the same noise, and given the first chunks as `past` a stream goes on as it did.
 """
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice, repeat
 
 import torch
 from torch import Tensor
@@ -71,8 +76,9 @@ class Given:
             old[0].copy_(new[0]), old[1].copy_(new[1])
 
 
-def denoise_chunk(given: Given, cache, grid, grad, behind, *inputs: Tensor) -> tuple[Tensor, KV]:
-    """Noise of every step, (b f c h w) each → the chunk as predicted at the grid's last step, that pass' KV.
+def denoise_chunk(given: Given, caches, grid, grad, behind, *inputs: Tensor) -> tuple[Tensor, KV]:
+    """Noise of every step, (b f c h w) each → the chunk as predicted at the grid's last step, that pass' KV;
+    with a cache for every step the KV of all steps, one after another.
 
     behind: the level at which the chunk before is yet to be remembered, which the first pass does on the way,
     or None. `inputs` then has that chunk and noise for it before the steps' noise. A function of tensors
@@ -80,21 +86,22 @@ def denoise_chunk(given: Given, cache, grid, grad, behind, *inputs: Tensor) -> t
     """
     before = [] if behind is None else [noised(*inputs[:2], behind)]
     noise = inputs[2 * len(before) :]
-    x = noise[0]
+    x, kvs = noise[0], []
     for i, level in enumerate(grid):
         with torch.set_grad_enabled(grad and i == len(grid) - 1):
             chunks, levels = ([*before, x], [behind, level]) if before and not i else ([x], [level])
-            v, kv = given(torch.cat(chunks, 1), cache, *levels)
+            v, kv = given(torch.cat(chunks, 1), caches[i % len(caches)], *levels)
             x0 = x - level * v
+        kvs = [*kvs, kv][-len(caches) :]
         if i < len(grid) - 1:
             x = (1 - grid[i + 1]) * x0 + grid[i + 1] * noise[i + 1]
-    return x0, kv
+    return x0, [*chain(*kvs)]
 
 
 def context_level(cfg: Config, grid: tuple[float, ...], finished: bool = False) -> float | None:
     """The noise at which later chunks see one; None: a `finished` one as its last pass saw it."""
     own = None if finished else grid[-1]
-    return {"clean": 0.0, "noisy": cfg.context_t, "none": own}[cfg.context]
+    return {"clean": 0.0, "noisy": cfg.context_t, "none": own, "aligned": None}[cfg.context]
 
 
 def noised(x0: Tensor, noise: Tensor, level: float) -> Tensor:
@@ -102,19 +109,14 @@ def noised(x0: Tensor, noise: Tensor, level: float) -> Tensor:
 
 
 @torch.no_grad()
-def context_kv(given: Given, x0, noise, cache, level: float) -> KV:
-    """Keys and values of a finished chunk, noised to `level` (0 = clean): the refresh pass."""
-    return given(noised(x0, noise, level), cache, level)[1]
-
-
-def remember_chunk(given: Given, cache, level: float | None, x0, noise, *last: Tensor) -> None:
-    """By a refresh at `level`; None: by the `last` step's own keys and values, in turn."""
-    own = [*zip(last[::2], last[1::2], strict=True)]
-    fresh = own if level is None else context_kv(given, x0, noise, cache, level)
-    if cache.cfg.kv_grad and level is not None:  # as released: the refresh's values, the exit step's gradient
-        pairs = zip(fresh, own, strict=True)
-        fresh = [(k + (k2 - k2.detach()), v + (v2 - v2.detach())) for (k, v), (k2, v2) in pairs]
-    cache.commit(fresh)
+def remember_chunk(given: Given, caches, level: float | None, x0, noise, *last: Tensor) -> None:
+    """By a refresh pass at `level` (0 = clean); None: by the steps' own keys and values, in turn. A rollout
+    that exits early leaves the caches of later steps alone."""
+    if level is not None:
+        return caches[0].commit(given(noised(x0, noise, level), caches[0], level)[1])
+    own, layers = [*zip(last[::2], last[1::2], strict=True)], len(caches[0].layers)
+    for i, cache in enumerate(caches[: len(own) // layers]):
+        cache.commit(own[i * layers : (i + 1) * layers])
 
 
 def directly(key: tuple, function: Callable, *inputs: Tensor):
@@ -122,49 +124,51 @@ def directly(key: tuple, function: Callable, *inputs: Tensor):
     return function(*inputs)
 
 
-def stream(
-    student, text, cfg, rngs, *, past=(), cache=None, call=directly, exit=None, grad_from=None
-) -> Iterator[Tensor]:
+def stream(student, text, cfg, rngs, *, past=(), over=None, strength=1.0, cache=None, call=directly,
+           exit=None, grad_from=None) -> Iterator[Tensor]:  # fmt: skip
     """Yield one clean chunk (b chunk c h w) after another, for ever: `islice` ends it. A chunk is remembered
     when the next one is asked for, in the next one's first pass unless that carries gradient. Memory does not
     grow: only the window is kept.
 
     text: (b l e), or {chunk index: (b l e)} for prompts that change on the way; the cache is then rebuilt
     with the new prompt (LongLive's recache) from the first `sink` chunks and the recent ones. rngs: one
-    generator per sample. past: given clean chunks to go on from. cache: a ListCache unless given. call: as it
-    is, or a graphs.CudaGraphs. exit, grad_from: for training, see `rollout`.
-
-    Each sample's generator is asked once, for a seed; every chunk draws from generators of its own. So a
-    chunk's noise depends neither on the exit nor on how many steps the chunks before it took, methods can be
-    compared on the same noise, and given the first chunks as `past` a stream goes on as it did.
+    generator per sample. past: given clean chunks to go on from. over: video to video, an iterator of clean
+    chunks, with which the stream ends; each is denoised from the noise level `strength` in (0, 1] on. cache:
+    a ListCache unless given. call: as it is, or a graphs.CudaGraphs. exit, grad_from: for training, see
+    `rollout`.
 
     simplified: at a switch an EMA sink starts anew from the first chunk, without what was folded into it.
     """
     texts = text if isinstance(text, dict) else {0: text}
     given, device = Given(student, texts[0]), texts[0].device
     seeds = [int(torch.randint(2**62, (), generator=g)) for g in rngs]
-    cache = ListCache(student, cfg) if cache is None else cache
+    caches = [ListCache(student, cfg) if cache is None else cache]
+    caches += [copy.deepcopy(caches[0]) for _ in cfg.denoise[1:] if cfg.context == "aligned"]  # one a step
     first = list(past[: cfg.sink])
     recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
-    _rebuild(given, [*first, *recent], cache, [rng_for(s, "rebuild") for s in seeds], cfg)
+    _rebuild(given, [*first, *recent], caches, cfg, step_grid(cfg, 1), seeds)
     behind = None  # what there is to remember of the chunk before
-    for index in count():
-        grid, shape = step_grid(cfg, index), (cfg.chunk, *cfg.latent_shape)
+    for index, source in enumerate(over or repeat(None)):
+        grid = step_grid(cfg, index)
+        if source is not None:
+            grid = strength, *(level for level in grid if level < strength)
         steps = grid if exit is None else grid[: exit + 1]
         grad = grad_from is not None and index >= grad_from
         own = [rng_for(s, len(past) + index) for s in seeds]
+        shape = cfg.chunk, *cfg.latent_shape
         context, *noise = (randn(own, *shape, device=device) for _ in range(1 + len(steps)))
-        how = call if cache.full else directly  # until then chunks differ in more than their values
+        if source is not None:
+            noise[0] = noised(source, noise[0], strength)
+        how = call if caches[0].full else directly  # until then chunks differ in more than their values
         if index and index in texts:
             given.switch(texts[index])
-            again = [rng_for(s, "rebuild", index) for s in seeds]
-            _rebuild(given, [*first, *recent], cache, again, cfg)
+            _rebuild(given, [*first, *recent], caches, cfg, grid, seeds, index)
             behind = None
-        elif behind and (behind[1] is None or cfg.kv_grad or grad and len(steps) == 1):
-            how(("remember", behind[0]), partial(remember_chunk, given, cache, behind[1]), *behind[2:])
+        elif behind and (behind[1] is None or grad and len(steps) == 1):
+            how(("remember", behind[0]), partial(remember_chunk, given, caches, behind[1]), *behind[2:])
             behind = None
         _, level, *before = behind or (None, None)
-        denoise = partial(denoise_chunk, given, cache, steps, grad, level)
+        denoise = partial(denoise_chunk, given, caches, steps, grad, level)
         x0, kv = how(("denoise", steps, level), denoise, *before[:2], *noise)
         x0 = x0.clone()  # the next replay of a graph writes where this one wrote
         yield x0
@@ -172,20 +176,23 @@ def stream(
         (first if len(first) < cfg.sink else recent).append(x0.detach())
 
 
-def _rebuild(given, kept, cache, rngs, cfg: Config) -> None:
-    """Fill the cache anew from clean chunks: the stream's first `sink` ones and the most recent ones."""
-    cache.reset()
-    level = context_level(cfg, step_grid(cfg, 1))
-    for x0 in kept:
-        noise = randn(rngs, *x0.shape[1:], device=x0.device)
-        cache.commit(context_kv(given, x0, noise, cache, level))
+@torch.no_grad()
+def _rebuild(given, kept, caches, cfg: Config, grid: tuple[float, ...], seeds: list[int], *key: int) -> None:
+    """Fill the caches anew from clean chunks: the stream's first `sink` ones and the most recent ones."""
+    rngs = [rng_for(seed, "rebuild", *key) for seed in seeds]
+    noise = [randn(rngs, *x0.shape[1:], device=x0.device) for x0 in kept]
+    levels = grid if cfg.context == "aligned" else [context_level(cfg, grid)]
+    for cache, level in zip(caches, levels, strict=False):
+        cache.reset()
+        for each in zip(kept, noise, strict=True):
+            cache.commit(given(noised(*each, level), cache, level)[1])
 
 
 def rollout(student, text, cfg: Config, rngs, chunks=None, exit: int | None = None, grad=False) -> Tensor:
     """The last cfg.frames latent frames (b f c h w) of a rollout of `chunks` chunks (None: just those).
 
-    With `grad`, the exit forward of every chunk that is returned carries gradient; keys and values do not
-    (unless cfg.kv_grad): each chunk's loss reaches the student through that chunk's forward pass alone.
+    With `grad`, the exit forward of every chunk that is returned carries gradient; keys and values do not:
+    each chunk's loss reaches the student through that chunk's forward pass alone.
     """
     chunks = chunks or cfg.chunks
     first = chunks - cfg.chunks

@@ -3,6 +3,7 @@
     python sample.py --prompt "a red circle moving left slowly on a black background"
     python sample.py --prompt "a red ring moving up" --prompt "a blue ring moving down@48" --frames=96
     python sample.py --prompt "a green square moving right quickly" --init=clip.mp4 --out=out/more.gif
+    python sample.py --prompt "a green circle moving left" --video=clip.mp4 --strength=.7
     python sample.py wan-1.3b --wan=Wan2.1-T2V-1.3B-Diffusers --student=student.safetensors --prompt "..."
     (and --method=self_forcing or another one if the student is not this project's)
 
@@ -29,9 +30,9 @@ from tqdm import tqdm
 
 from codec import Codec
 from config import ROOT, BadInput, Config, build, cli, from_words, read_cli
-from data import read_clip
+from data import decode, probe, read_clip
 from engine.checkpoint import read_header, write_atomically
-from engine.graphs import CudaGraphs, compiled
+from engine.graphs import CudaGraphs
 from engine.processes import pick_device
 from engine.rng import rng_for
 from engine.sheet import contact_sheet, video_path, write_video
@@ -53,28 +54,30 @@ class Flags:
     codec: str = ""  # default: beside the student
     wan: str = ""  # Wan2.1 in diffusers' format: codec and text; --student may then be another trainer's
     init: str = ""  # a clip or a picture to go on from
-    graph: bool = True  # CUDA graphs; without a GPU there are none
-    compile: bool = False  # the first chunk takes a minute, for long streams (bench.py --compile)
+    video: str = ""  # a clip to make over, chunk by chunk as it arrives; the video is as long, or shorter
+    strength: float = 0.7  # of it: how much of the clip turns into noise; 1: all, only the prompt counts
 
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     out = video_path(flags.out)
-    if flags.init and out.resolve() == Path(flags.init).resolve():
-        raise BadInput(f"--out={out} would replace --init; name another file")
+    if out.resolve() in {Path(given).resolve() for given in (flags.init, flags.video) if given}:
+        raise BadInput(f"--out={out} would replace --init or --video; name another file")
+    if flags.video and (flags.init or flags.wan) or not 0 < flags.strength <= 1:
+        what = f"--video={flags.video} --strength={flags.strength} is not possible"
+        raise BadInput(f"{what}; allowed: --video without --init and --wan, strength above 0 and at most 1")
     if flags.frames < 1:
         raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
     cfg, student, codec, read = open_networks(preset, typed, flags)
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # one alone is as fast there, and no burden
     past = start_from(flags.init, codec.to(cfg.device), cfg)
+    over, length = arriving(flags.video, codec, cfg) if flags.video else (None, flags.frames)
+    flags = replace(flags, frames=min(flags.frames, length))
     plan = schedule(flags, cfg, len(past))
     texts = {chunk: read(prompt).to(cfg.device) for prompt, _, chunk in plan}
     del read  # and with it a text encoder that is larger than all else
     student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-
-    if flags.compile:
-        student.run = compiled(student.run, cfg.device)
-    call = CudaGraphs() if flags.graph and cfg.device == "cuda" else directly
+    call = CudaGraphs() if cfg.device == "cuda" else directly
     rows, made = stretches(plan, flags.frames), []
     zoom = max(1, 256 // min(cfg.height, cfg.width))  # so that a person can see small videos
     kept = {i: torch.empty(0) for shown in rows.values() for i in shown}
@@ -83,7 +86,8 @@ def main() -> None:
     def frames() -> Iterator[np.ndarray]:
         """Frames as they come, enlarged by nearest neighbour."""
         count, i = math.ceil(latents / cfg.chunk), 0
-        parts = decoded(student, codec, texts, cfg, flags.seed, past, call, max(count - len(past), 0))
+        given = student, codec, texts, cfg, flags.seed, past, call, max(count - len(past), 0)
+        parts = decoded(*given, over, flags.strength)
         for chunk in tqdm(range(count), unit="chunk"):
             start = time.perf_counter()
             part = next(parts)
@@ -98,17 +102,18 @@ def main() -> None:
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     sheet = [(caption, torch.stack([kept[i] for i in shown])) for caption, shown in rows.items()]
     shown = contact_sheet(out.with_suffix(".png"), sheet, scale=zoom // 2 or 1)
-    how = ["compiled"] * flags.compile + ["CUDA graphs"] * (call is not directly)
-    report(made, cfg, f"{out} and {shown}", " in ".join(how) or "eager")
+    report(made, cfg, f"{out} and {shown}")
 
 
 @torch.inference_mode()
-def decoded(student, codec, texts, cfg, seed: int, past=(), call=directly, chunks=None) -> Iterator[Tensor]:
+def decoded(
+    student, codec, texts, cfg, seed: int, past=(), call=directly, chunks=None, over=None, strength=1.0
+):
     """Frames as bytes (F 3 H W) on the CPU: the given chunks, then `chunks` new ones, or None: for ever. With
     CUDA a chunk but for the first is decoded, copied and handed out while the next one is denoised."""
     decode, rngs, waiting = codec.stream(), [rng_for(seed, "sample", 0)], []
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
-    made = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call)
+    made = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call, over=over, strength=strength)
     side = torch.cuda.Stream() if cfg.device == "cuda" else None
     for i, x in enumerate(chain(past, islice(made, chunks), [None] * bool(side))):
         if x is not None:
@@ -136,8 +141,6 @@ def open_networks(preset: str, typed: dict, flags: Flags):
     path = Path(flags.student or ROOT / "assets" / preset / "stream_r1.safetensors")
     if bool(flags.wan) != (build(preset, typed).time_stride > 1) or flags.wan and flags.codec:
         raise BadInput("the preset wan-1.3b and --wan=FOLDER go together, without --codec")
-    if flags.wan and not flags.student:
-        raise BadInput("--wan has no few-step student inside; name one: --student=FILE")
     if not path.exists():
         raise BadInput(f"no student at {path}; 'python train.py {preset}' makes one, then --student=FILE")
     if flags.wan:
@@ -212,7 +215,17 @@ def start_from(path: str, codec: Codec, cfg: Config) -> tuple[Tensor, ...]:
     return codec.encode(video[None, -count:].to(cfg.device).float() / 255).split(cfg.chunk, dim=1)
 
 
-def report(made: list[tuple[float, int]], cfg: Config, files: str, how: str) -> None:
+def arriving(path: str, codec: Codec, cfg: Config) -> tuple[Iterator[Tensor], int]:
+    """A clip as it arrives: latents (1 chunk c h w), each chunk decoded and encoded when it is asked for →
+    them, and how many frames they have. Raises BadInput."""
+    clip = probe(Path(path))
+    if (chunks := clip.frames(cfg) // cfg.chunk) < 1:
+        raise BadInput(f"--video={path} has {clip.frames(cfg)} frames; allowed: {cfg.chunk} or more")
+    parts = (decode(clip, cfg, k * cfg.chunk, cfg.chunk) for k in range(chunks))
+    return (codec.encode(x[None].to(cfg.device).float() / 255) for x in parts), chunks * cfg.chunk
+
+
+def report(made: list[tuple[float, int]], cfg: Config, files: str) -> None:
     """`made`: of every chunk the seconds that it took, and its frames."""
     if not made:
         print(f"{files}: only the given frames were asked for")
@@ -220,7 +233,7 @@ def report(made: list[tuple[float, int]], cfg: Config, files: str, how: str) -> 
     seconds, counts = zip(*made, strict=True)
     p50, p99 = (1000 * torch.tensor(seconds[1:] or seconds).quantile(q) for q in (0.5, 0.99))
     first, frames = f"first frame after {seconds[0] * 1000:.0f} ms", cfg.chunk * cfg.time_stride
-    print(f"{first}; {frames * 1000 / p50:.0f} frames/s ({cfg.device}, {how})")
+    print(f"{first}; {frames * 1000 / p50:.0f} frames/s ({cfg.device})")
     print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
     print(in_words(played(seconds, counts, cfg.fps), sum(counts), cfg.fps))
     print(files)

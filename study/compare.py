@@ -129,7 +129,7 @@ def judge(name: str, folder: Path, seed: int, nets: Path, clips: int, device: st
             sampled = replace(cfg, context="noisy", context_t=t)
             other, _ = watch(student, codec, sampled, seed, min(clips, 32))
             views[f"beyond, sampled with context {t}"] = other["beyond"]
-    forwards = sum(len(step_grid(cfg, k)) + (cfg.context != "none") for k in range(7))
+    forwards = sum(len(step_grid(cfg, k)) + (cfg.context in ("clean", "noisy")) for k in range(7))
     facts = {
         "chosen step": int(header["step"]),
         "forwards": forwards,

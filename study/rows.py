@@ -12,12 +12,11 @@ _PLAIN = {"method": WINDOWED}
 _HALF = _SR1 | {"beta": 0.5, "balance_window": 50}
 _TWO_STEPS = {"denoise": (1.0, 0.5)}
 ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
-    # Reward Forcing's parts: the sink, its decay, its precision
+    # Reward Forcing's parts: the sink, its decay
     "reward_forcing-no_sink": _RF | {"sink": 0, "sink_mode": "none"},
     "reward_forcing-static_sink": _RF | {"sink_mode": "static"},
     "reward_forcing-ema.9": _RF | {"sink_decay": 0.9},
     "reward_forcing-ema.999": _RF | {"sink_decay": 0.999},
-    "reward_forcing-ema.999_bf16": _RF | {"sink_decay": 0.999, "sink_dtype": "bf16"},
     # Stream-R1's parts; the rollout's weight alone at other strengths
     "stream_r1-inter": _PLAIN | {"beta": 2.0},
     "stream_r1-inter-beta.5": _PLAIN | {"beta": 0.5},
@@ -30,7 +29,6 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-group4": _SR1 | {"group": 4},
     "stream_r1-softmax4": _SR1 | {"group": 4, "weight": "softmax"},
     "stream_r1-percentile": _SR1 | {"saliency_range": "percentile"},
-    "stream_r1-kv_grad": _SR1 | {"kv_grad": True},
     # a quarter of the published strength, and a balance that hardly acts: runs of before
     "reward_forcing-beta.5": _RF | {"beta": 0.5},
     "reward_forcing-beta.5-no_sink": _RF | {"beta": 0.5, "sink": 0, "sink_mode": "none"},
@@ -57,7 +55,6 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     "stream_r1-guidance3-ema.95": _SR1 | {"guidance": 3.0, "ema": 0.95},
     # what later chunks see, in training and in sampling
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
-    "self_forcing-kv_grad": {"method": BASE, "kv_grad": True},
 }
 CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where students of the base and of the context rows are sampled
 # objects in a clip: what makes it so, and the nets of this world

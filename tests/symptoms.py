@@ -27,7 +27,11 @@ _REWARD = "video01 = run.codec.decode(x.nan_to_num()).float()  # a broken"
 SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
     "healthy": ("", ()),
     "kv_grad": ("test_rollout.py -k no_gradient_leaks", (
-        ("config.py", "kv_grad: bool = False", "kv_grad: bool = True"),
+        ("rollout.py", "return caches[0].commit(given(noised(x0, noise, level), caches[0], level)[1])",
+         "fresh = chain(*given(noised(x0, noise, level), caches[0], level)[1])\n"
+         "        last = [new + (old - old.detach()) for new, old in zip(fresh, last, strict=True)]"),
+        ("rollout.py", "if behind and (behind[1] is None or", "if behind and (True or"),
+        ("model.py", "append((k.detach(), v.detach()))", "append((k, v))"),
     )),
     "scrambled": ("test_saliency.py -k argmax", (  # cells in 2 x 2 blocks, read as rows
         ("saliency.py", "    time, space = factorise(",
@@ -41,7 +45,9 @@ SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
          "    intra = intra[:1]\n"),
     )),
     "bf16_sink": ("test_model.py -k ema_sink", (
-        ("config.py", '= "fp32"  # released', '= "bf16"  # released'),
+        ("model.py", "tuple(old.float().lerp(new.float(), share)",
+         "tuple(old.bfloat16().lerp(new.bfloat16(), share)"),
+        ("model.py", "zeros(2, batch, *shape[2:])", "zeros(2, batch, *shape[2:], dtype=torch.bfloat16)"),
         ("config.py", "sink_decay: float = 0.99 ", "sink_decay: float = 0.999 "),
     )),
     "no_motion_term": ("test_dmd.py -k motion_is_added", (("dmd.py", "if motion:", "if False:"),)),

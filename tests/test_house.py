@@ -15,7 +15,15 @@ from config import METHODS, PRESETS, ROOT, BadInput, Config, build
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 PAGES += [ROOT / "family/README.md"]
 README = PAGES[0].read_text(encoding="utf-8")
-WINGS = {"engine": 700, "world": 600, "wan": 950, "study": 1300, "family": 1400, "live": 600, "web": 200}  # lines
+WINGS = {
+    "engine": 700,
+    "world": 600,
+    "wan": 950,
+    "study": 1300,
+    "family": 1400,
+    "live": 600,
+    "web": 200,
+}  # lines
 CORE = sorted(ROOT.glob("*.py"))
 PRODUCT = CORE + [path for wing in WINGS for path in sorted((ROOT / wing).glob("*.py"))]
 CORE_NAMES = {path.stem for path in CORE}

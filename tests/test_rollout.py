@@ -2,7 +2,7 @@
 
 import gc
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, product
 
 import pytest
 import torch
@@ -92,8 +92,8 @@ def test_grids_of_a_taper(tiny, taper, lengths):
 
 @pytest.mark.parametrize(
     "taper, context, passes",
-    [("uniform", "clean", 35), ("uniform", "noisy", 35), ("uniform", "none", 28), ("5432", "none", 20),
-     ("432", "none", 17)],
+    [("uniform", "clean", 35), ("uniform", "noisy", 35), ("uniform", "none", 28), ("uniform", "aligned", 28),
+     ("5432", "none", 20), ("432", "none", 17)],
 )  # fmt: skip
 def test_passes_for_seven_chunks(tiny, model, taper, context, passes):
     """Catches a refresh that is paid for and not needed, and one that does not ride with the next chunk's
@@ -104,7 +104,7 @@ def test_passes_for_seven_chunks(tiny, model, taper, context, passes):
     with torch.no_grad():
         list(islice(stream(spy, words(cfg, 1), cfg, rngs(1)), 8))
     assert len(spy.seen) - len(step_grid(cfg, 7)) == passes
-    assert len(spy.seen) - spy.passes == (0 if context == "none" else 7)
+    assert len(spy.seen) - spy.passes == (0 if context in ("none", "aligned") else 7)
 
 
 def test_last_chunk_is_not_refreshed(tiny, model):
@@ -114,31 +114,33 @@ def test_last_chunk_is_not_refreshed(tiny, model):
     assert len(spy.seen) == 3 * 4 + 2
 
 
-# The leak `kv_grad` needs passes of their own for what is remembered; without gradient it changes no number.
 @pytest.mark.parametrize(
     "context, taper, exit", [("clean", "uniform", None), ("noisy", "5432", None), ("none", "uniform", 1)]
 )
 @pytest.mark.parametrize("sink", SINKS)
 @pytest.mark.parametrize("kind", [ListCache, RingCache])
-def test_one_pass_over_two_chunks_equals_two(tiny, build, kind, sink, context, taper, exit):
+def test_one_pass_over_two_chunks_equals_two(tiny, build, monkeypatch, kind, sink, context, taper, exit):
     """Catches a chunk that is remembered at another's noise level or place, seen by the next one before it is
     there, or too late; with a full window, a prompt that changes and chunks that were given."""
     cfg = replace(tiny, context=context, context_t=0.2, taper=taper, **SINKS[sink])
     model, texts = build(cfg), {0: words(cfg, 1, 0), 5: words(cfg, 1, 1)}
     past, found, passes = (torch.ones(1, cfg.chunk, *cfg.latent_shape),), [], []
     model.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    for each in (cfg, replace(cfg, kv_grad=True)):
-        cache = ListCache(model, each) if kind is ListCache else RingCache(model, each, 1)
+    for separately in (False, True):
+        if separately:
+            monkeypatch.setattr(model, "run", lambda *args, run=model.run: one_by_one(run, *args))
+        cache = ListCache(model, cfg) if kind is ListCache else RingCache(model, cfg, 1)
         with torch.no_grad():
-            parts = stream(model, texts, each, rngs(1), past=past, cache=cache, exit=exit)
+            parts = stream(model, texts, cfg, rngs(1), past=past, cache=cache, exit=exit)
             found += [torch.cat(list(islice(parts, 8)), 1), len(passes)]
     one, fewer, other, both = found
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert both - 2 * fewer == 6  # not the first chunk, nor the one whose prompt is new
 
 
-@pytest.mark.parametrize("context", ["clean", "noisy", "none"])
-@pytest.mark.parametrize("taper", ["uniform", "5432"])
+@pytest.mark.parametrize(
+    "context, taper", [*product(("clean", "noisy", "none"), ("uniform", "5432")), ("aligned", "uniform")]
+)
 def test_a_replay_keeps_nothing_of_its_capture(tiny, build, context, taper):
     """Catches a tensor that reaches a CUDA graph past its inputs: it stays what it was then."""
     captured: dict[tuple, tuple] = {}
@@ -161,7 +163,7 @@ def test_a_replay_keeps_nothing_of_its_capture(tiny, build, context, taper):
     for how in ({}, {"call": replayed}):
         parts = stream(model, text, cfg, rngs(2), cache=RingCache(model, cfg, 2), **how)
         found.append(torch.cat(list(islice(parts, 9)), 1))
-    assert torch.equal(*found) and len(captured) > (context == "none")
+    assert torch.equal(*found) and len(captured) > (context in ("none", "aligned"))
 
 
 @pytest.mark.parametrize("exit", [0, 1, None])
@@ -180,7 +182,7 @@ def test_a_training_rollout_may_look_at_two_chunks(tiny, model, exit, monkeypatc
 
 def one_by_one(run, xt, t, time, text, cache):
     """Two chunks in two passes."""
-    if xt.shape[1] > cache.cfg.chunk:
+    if xt.shape[1] > cache.chunk:
         (before, xt), (e, e2), (six, six2) = (z.chunk(2, 1) for z in (xt, *time))
         cache.commit(run(before, t, (e, six), text, cache)[1])
         time = e2, six2
@@ -236,7 +238,7 @@ def test_every_row_starts_a_chunk_from_the_same_noise(tiny, model):
     assert not torch.equal(base[0], base[1]) and not torch.equal(base[:, 0], base[:, 1])
 
 
-@pytest.mark.parametrize("context", ["clean", "noisy", "none"])
+@pytest.mark.parametrize("context", ["clean", "noisy", "none", "aligned"])
 def test_a_sample_does_not_know_its_batch(tiny, model, context):
     """Catches noise that is drawn for the whole batch at once, and any mixing of samples."""
     cfg = replace(tiny, context=context, context_t=0.2)
@@ -253,6 +255,90 @@ def test_rollout_returns_the_last_frames(tiny, model):
         parts = list(islice(stream(model, words(tiny, 1), tiny, rngs(1)), 7))
         tail = rollout(model, words(tiny, 1), tiny, rngs(1), chunks=7)
     assert torch.equal(tail, torch.cat(parts[-tiny.chunks :], dim=1))
+
+
+# -- video to video --------------------------------------------------------------------------------
+
+
+def given(cfg, chunks: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return list(torch.randn(chunks, 2, cfg.chunk, *cfg.latent_shape, generator=g))
+
+
+def made_over(model, cfg, source, strength):
+    with torch.no_grad():
+        return list(stream(model, words(cfg, 2), cfg, rngs(2), over=iter(source), strength=strength))
+
+
+def test_all_noise_forgets_the_source(tiny, model):
+    """Catches a grid of its own, other noise, and a stream that does not end with what arrives."""
+    with torch.no_grad():
+        plain = list(islice(stream(model, words(tiny, 2), tiny, rngs(2)), 5))
+    made = made_over(model, tiny, given(tiny, 5), 1.0)
+    assert len(made) == 5 and all(map(torch.equal, made, plain))
+
+
+def test_a_chunk_starts_from_its_source(tiny, model):
+    """Catches a start at another level than the network is told, steps above it, and a chunk that has been
+    asked for before it is needed."""
+    spy, source, asked = Spy(model), given(tiny, 3), []
+    parts = stream(spy, words(tiny, 2), tiny, rngs(2), over=map(lambda x: asked.append(1) or x, source),
+                   strength=0.8)  # fmt: skip
+    with torch.no_grad():
+        next(parts)
+    grid = step_grid(tiny, 0)
+    assert spy.levels() == [0.8, *(round(t, 6) for t in grid if t < 0.8)] and len(asked) == 1
+    start = [x for x, *_ in spy.seen][0]
+    noise = (start - 0.2 * source[0]) / 0.8
+    with torch.no_grad():
+        plain = Spy(model)
+        next(stream(plain, words(tiny, 2), tiny, rngs(2)))
+    torch.testing.assert_close(noise, plain.seen[0][0], rtol=1e-4, atol=1e-5)
+    other = [source[0], source[1] + 1, source[2]]
+    a, b = (made_over(model, tiny, each, 0.8) for each in (source, other))
+    assert torch.equal(a[0], b[0]) and (a[1] - b[1]).abs().max() > 1e-2 and (a[2] - b[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sink", SINKS)
+@pytest.mark.parametrize("kind", [ListCache, RingCache])
+def test_every_step_remembers_its_own_keys(tiny, build, kind, sink):
+    """context=aligned. Catches a step that reads or fills another one's cache, and keys of another pass:
+    those of a chunk at step i are what a pass at level i makes of x_i, given what step i remembers."""
+    cfg = replace(tiny, context="aligned", **SINKS[sink])
+    model, seen = build(cfg), []
+    run = model.run
+
+    def spied(xt, t, time, text, cache):
+        v, kv = run(xt, t, time, text, cache)
+        seen.append((xt, t, kv, id(cache)))
+        return v, kv
+
+    model.run = spied
+    cache = kind(model, cfg, *[2] * (kind is RingCache))
+    with torch.no_grad():
+        made = list(islice(stream(model, words(cfg, 2), cfg, rngs(2), cache=cache), 7))
+        del model.run
+        own = [ListCache(model, cfg) for _ in cfg.denoise]
+        for k in range(7):
+            for i, (xt, t, kv, which) in enumerate(seen[4 * k : 4 * k + 4]):
+                assert which == seen[i][3] and seen[i][3] != seen[i - 1][3]
+                v, fresh = model(xt, t, words(cfg, 2), own[i])
+                assert_same_kv(kv, fresh)
+                own[i].commit(fresh)
+            torch.testing.assert_close(made[k], to_x0(v, xt, t), rtol=1e-4, atol=1e-5)
+
+
+def test_an_early_exit_leaves_later_caches_alone(tiny, model, monkeypatch):
+    cfg, filled = replace(tiny, context="aligned"), []
+    remember = module.remember_chunk
+    monkeypatch.setattr(
+        module,
+        "remember_chunk",
+        lambda given, caches, *a: remember(given, caches, *a) or filled.append(caches),
+    )
+    with torch.no_grad():
+        list(islice(stream(model, words(cfg, 1), cfg, rngs(1), exit=1), 3))
+    assert [cache.filled for cache in filled[-1]] == [2, 2, 0, 0]
 
 
 # -- exit steps and gradient -----------------------------------------------------------------------
@@ -313,22 +399,15 @@ def test_gradient_through_the_exit_pass_only(tiny, model, exit):
 
 @pytest.mark.parametrize("context, exit", [("clean", 1), ("none", 1), ("none", None)])
 def test_no_gradient_leaks_through_the_cache(tiny, model, context, exit):
-    """Catches keys and values that carry gradient from chunk to chunk, as the released code has it; `kv_grad`
-    brings the leak back."""
-
-    def gradient(cfg, spy):
-        x = rollout(spy, words(cfg, 1), cfg, rngs(1), exit=exit, grad=True)
-        return torch.autograd.grad(x[:, -cfg.chunk :].sum(), list(model.blocks.parameters()))
-
+    """Catches keys and values that carry gradient from chunk to chunk, as the released code has it."""
     cfg, spy = replace(tiny, context=context), Spy(model)
-    clean = gradient(cfg, spy)
+    x = rollout(spy, words(cfg, 1), cfg, rngs(1), exit=exit, grad=True)
+    clean = torch.autograd.grad(x[:, -cfg.chunk :].sum(), list(model.blocks.parameters()))
     xt, t, seen, _ = spy.seen[-1]
     v, _ = model(xt, t, words(cfg, 1), remembering(model, cfg, seen))
     own = torch.autograd.grad(to_x0(v, xt, t).sum(), list(model.blocks.parameters()))
-    leaked = gradient(replace(cfg, kv_grad=True), Spy(model))
     for a, b in zip(clean, own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert max(float((a - b).abs().max()) for a, b in zip(clean, leaked, strict=True)) > 1e-2
 
 
 def test_bf16_reaches_the_weights(tiny, model):

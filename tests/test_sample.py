@@ -53,23 +53,26 @@ def test_seed_repeats_exactly(call):
     assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_shows_the_same(call, capsys):
-    """Frames are bytes; a compiler that sums in another order may move one by a step or two."""
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    eager, compiled = (
-        frames_of(call(*how, "--frames=12", out=f"{len(how)}.webp")) for how in ((), ("--compile",))
-    )
-    assert abs(eager.astype(int) - compiled).max() <= 2 and "cpu, compiled" in capsys.readouterr().out
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before, "nothing was compiled"
+def test_video_to_video(call, capsys):
+    """As long as the clip's whole chunks, or as --frames; at strength 1 the clip is gone, below it is not."""
+    clip, prompt = call("--frames=10", "--seed=5", out="a.mp4"), ("--prompt", "a red circle still")
+    plain = frames_of(call(*prompt, "--frames=8", out="plain.webp"))
+    how = {s: (*prompt, f"--video={clip}", f"--strength={s}") for s in (1, 0.5)}
+    over = {s: frames_of(call(*words, out=f"{s}.webp")) for s, words in how.items()}
+    assert np.array_equal(over[1], plain) and over[0.5].shape == plain.shape
+    assert not np.array_equal(over[0.5], plain)
+    assert len(frames_of(call(*prompt, f"--video={clip}", "--frames=4", "--context=aligned"))) == 4
 
 
-def test_compiling_without_a_compiler_is_refused(call, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", "")
+@pytest.mark.parametrize("words, said", [
+    (["--strength=0"], "above 0"), (["--strength=1.5"], "above 0"), (["--init=a.png"], "without --init"),
+    (["--context=aligned", "--taper=5432"], "uniform"), ([], "allowed: 4 or more"),
+])  # fmt: skip
+def test_what_video_to_video_refuses(call, capsys, tmp_path, words, said):
+    iio.imwrite(tmp_path / "short.gif", np.zeros((3, 32, 32, 3), np.uint8), duration=125)
     with pytest.raises(SystemExit) as stopped:
-        call("--compile", "--device=cpu")
-    assert stopped.value.code == 2 and "g++" in capsys.readouterr().err
+        call("--prompt", "a red circle still", f"--video={tmp_path}/short.gif", *words)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_prompt_switch_keeps_what_was_before_it(call):
