@@ -6,8 +6,7 @@
     python bench.py wan-1.3b --bf16 --profile      # a chunk's time by kernel instead, of each mode
 
 One stream (batch 1), text already embedded; "diffusion" is a chunk from noise to latents, with what is
-remembered of it, "decoded" adds the codec where the preset has one. Times are medians over --chunks chunks
-after the window has filled. That a stream stays as fast as it was: tests/campaign.py.
+remembered of it, "decoded" adds the codec where there is one; medians over --chunks chunks, window full.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -28,7 +27,7 @@ from data import source_of
 from engine.graphs import CudaGraphs, compiled
 from engine.processes import largest_process, pick_device
 from engine.rng import rng_for
-from live.pace import played
+from live.pace import played, steps_in_time
 from model import RingCache, VideoDiT
 from rollout import directly, step_grid, stream
 
@@ -95,6 +94,7 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     if codec is not None:
         row |= spread("decoded", torch.tensor(seconds_of(parts, cfg, flags.chunks, codec.decode)), frames)
     even = played(seconds.tolist(), [frames] * flags.chunks, flags.fps)
+    row["steps in time"] = steps_in_time(len(step_grid(cfg, cfg.chunks)), seconds, frames / flags.fps)
     row |= {"late %": 100 * even["late"] / (frames * flags.chunks), "jitter ms p99": 1e3 * even["p99"]}
     row["TFLOP/s"] = flops / float(seconds.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak

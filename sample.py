@@ -36,10 +36,10 @@ from engine.graphs import CudaGraphs
 from engine.processes import pick_device
 from engine.rng import rng_for
 from engine.sheet import contact_sheet, video_path, write_video
-from live.pace import in_words, played
+from live.pace import in_words, played, steps_in_time
 from model import RingCache
 from networks import find_codec, load_net
-from rollout import directly, stream
+from rollout import directly, step_grid, stream
 from world.words import left_open, tokenize, understand
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     sheet = [(caption, torch.stack([kept[i] for i in shown])) for caption, shown in rows.items()]
     shown = contact_sheet(out.with_suffix(".png"), sheet, scale=zoom // 2 or 1)
-    report(made, cfg, f"{out} and {shown}")
+    report(made, cfg, f"{out} and {shown}", bool(flags.video))
 
 
 @torch.inference_mode()
@@ -225,17 +225,20 @@ def arriving(path: str, codec: Codec, cfg: Config) -> tuple[Iterator[Tensor], in
     return (codec.encode(x[None].to(cfg.device).float() / 255) for x in parts), chunks * cfg.chunk
 
 
-def report(made: list[tuple[float, int]], cfg: Config, files: str) -> None:
+def report(made: list[tuple[float, int]], cfg: Config, files: str, live: bool) -> None:
     """`made`: of every chunk the seconds that it took, and its frames."""
     if not made:
         print(f"{files}: only the given frames were asked for")
         return
     seconds, counts = zip(*made, strict=True)
     p50, p99 = (1000 * torch.tensor(seconds[1:] or seconds).quantile(q) for q in (0.5, 0.99))
-    first, frames = f"first frame after {seconds[0] * 1000:.0f} ms", cfg.chunk * cfg.time_stride
-    print(f"{first}; {frames * 1000 / p50:.0f} frames/s ({cfg.device})")
-    print(f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    print(in_words(played(seconds, counts, cfg.fps), sum(counts), cfg.fps))
+    found, frames = played(seconds, counts, cfg.fps, live), cfg.chunk * cfg.time_stride
+    print(f"first frame after {1e3 * found['first']:.0f} ms; {1e3 * frames / p50:.0f} frames/s")
+    print(
+        f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({cfg.device})"
+    )
+    fit = steps_in_time(len(step_grid(cfg, cfg.chunks)), seconds[1:] or seconds, frames / cfg.fps)
+    print(in_words(found, sum(counts), cfg.fps), f"{fit} steps would be in time", sep="; ")
     print(files)
 
 

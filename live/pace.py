@@ -29,22 +29,30 @@ def figures(due: Sequence[float], ready: Sequence[float], shown: Sequence[float]
     return {"late": int((ready > due + 1e-9).sum()), "behind": behind, "p50": p50, "p99": p99}
 
 
-def played(seconds: Sequence[float], frames: Sequence[int], rate: float) -> dict:
+def played(seconds: Sequence[float], frames: Sequence[int], rate: float, live: bool = False) -> dict:
     """The figures of a stream whose chunks had that many `frames` and took `seconds` each, played at `rate`
-    frames a second from the moment at which its first chunk is there."""
+    frames a second from the moment at which its first chunk is there, with that moment as `first`. live:
+    video to video, a chunk can only begin when its last frame has arrived, at the same rate."""
     due, ready, shown, now = [], [], [], 0.0
     for chunk, count in zip(seconds, frames, strict=True):
-        now += chunk
+        now = max(now, (len(due) + count) / rate if live else 0.0) + chunk
         for _ in range(count):
-            due.append(seconds[0] + len(due) / rate)
+            due.append((ready[0] if ready else now) + len(due) / rate)
             ready.append(now)
             shown.append(shown_at(due[-1], now, shown[-1] if shown else 0.0, 1 / rate))
-    return figures(due, ready, shown, 1 / rate)
+    return figures(due, ready, shown, 1 / rate) | {"first": ready[0]}
 
 
 def in_words(found: dict, frames: int, rate: float) -> str:
     jitter = f"jitter p50 {1000 * found['p50']:.0f} ms, p99 {1000 * found['p99']:.0f} ms"
     return f"played at {rate:g} frames/s: {found['late']} of {frames} frames late, {jitter}"
+
+
+def steps_in_time(steps: int, seconds: Sequence[float], period: float) -> int:
+    """The most steps with which 95 of 100 chunks are ready within `period`, from what chunks of `steps` took;
+    a chunk costs its steps and a pass for the cache."""
+    slow = torch.as_tensor(seconds, dtype=torch.float64).quantile(0.95)
+    return max(int(period * (steps + 1) / slow) - 1, 0)
 
 
 def fitting_steps(steps: int, most: int, took: Sequence[float], period: float) -> int:

@@ -277,7 +277,8 @@ def test_a_large_message_ends_its_connection_alone(port):
         with pytest.raises(ConnectionClosed) as closed:
             bad.say("prompt", prompt="x" * 2**20)
             bad.frames(100)
-        assert closed.value.rcvd.code == 1009 and good.frames(8)
+        # what is still unread when the server closes can cost the client the close frame
+        assert (closed.value.rcvd is None or closed.value.rcvd.code == 1009) and good.frames(8)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,26 @@ def test_figures():
     assert found["late"] == 2 and found["behind"] == pytest.approx(0.5)
     assert found["p50"] == pytest.approx(0.2) and 1.4 < found["p99"] <= 1.5
     even = pace.played([5.0] + [1.0] * 9, [4] * 10, rate=4.0)
-    assert even == {"late": 0, "behind": 0.0, "p50": 0.0, "p99": 0.0}
+    assert even == {"late": 0, "behind": 0.0, "p50": 0.0, "p99": 0.0, "first": 5.0}
+
+
+def test_frames_that_come_live():
+    """Closed forms of video to video: the first frame waits for its chunk to arrive and for its work, T / f +
+    L; chunks of 1.5 periods are late for ever; one of 2.4 periods makes late what its backlog makes late,
+    and no more. Catches input that is there before it is."""
+    found = pace.played([0.1] * 9, [4] * 9, rate=16.0, live=True)
+    assert found["first"] == pytest.approx(4 / 16 + 0.1) and found["late"] == 0
+    assert pace.played([0.1] * 9, [4] * 9, rate=16.0)["first"] == pytest.approx(0.1)
+    slow = pace.played([0.1] + [0.375] * 9, [4] * 10, rate=16.0, live=True)
+    assert slow["late"] == 36 and slow["first"] == pytest.approx(0.35)
+    backlog = pace.played([0.1, 0.6, 0.1, 0.1, 0.1], [4] * 5, rate=16.0, live=True)
+    assert backlog["late"] == 13  # ready at 1.1, 1.2, 1.3, 1.4 s, first frames due at .6, .85, 1.1, 1.35
+
+
+def test_steps_in_time():
+    """Four steps and the pass for the cache in .1 s: .02 s a pass. Catches the last pass left out, means."""
+    assert [pace.steps_in_time(4, [0.1] * 50, period) for period in (0.03, 0.041, 0.1, 0.25)] == [0, 1, 4, 11]
+    assert pace.steps_in_time(4, [0.1] * 80 + [0.2] * 20, 0.1) == 1
 
 
 def test_steps_fall_while_the_machine_is_slow_and_come_back():
