@@ -284,9 +284,8 @@ class Muon(torch.optim.Muon):
             means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             ahead = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
-            whole = orthogonal(
-                ahead.to(self.dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
-            )
+            how = group["ns_coefficients"], group["ns_steps"], group["eps"]
+            whole = orthogonal(ahead.to(self.dtype), *how)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             size = 0.2 * max(shape) ** 0.5  # match_rms_adamw: as large as AdamW's steps
             torch._foreach_add_(params, list(whole.float().unbind()), alpha=-group["lr"] * size)

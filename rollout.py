@@ -155,8 +155,7 @@ def stream(student, text, cfg, rngs, *, past=(), over=None, strength=1.0, cache=
         steps = grid if exit is None else grid[: exit + 1]
         grad = grad_from is not None and index >= grad_from
         own = [rng_for(s, len(past) + index) for s in seeds]
-        shape = cfg.chunk, *cfg.latent_shape
-        context, *noise = (randn(own, *shape, device=device) for _ in range(1 + len(steps)))
+        context, *noise = (randn(own, cfg.chunk, *cfg.latent_shape, device=device) for _ in (0, *steps))
         if source is not None:
             noise[0] = noised(source, noise[0], strength)
         how = call if caches[0].full else directly  # until then chunks differ in more than their values
