@@ -3,14 +3,16 @@ stay small."""
 
 import ast
 import importlib
+import os
 import re
 import shlex
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from config import METHODS, PRESETS, ROOT, BadInput, Config, build
+from config import METHODS, PRESETS, ROOT, BadInput, Config, build, read_cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 PAGES += [ROOT / "family/README.md"]
@@ -166,6 +168,23 @@ def test_every_command_names_a_script_and_flags_that_exist():
             if word.startswith("--"):
                 flag = word[2:].partition("=")[0].removeprefix("no-").replace("help-all", "help_all")
                 assert flag in flags | {"help", "help_all", "config"}, f"{page}: {command}: {word}"
+
+
+def test_the_slurm_script(tmp_path):
+    """Its own command, with Slurm's programs played by echo: fresh, and where a run has saved something."""
+    for name, says in {"scontrol": "echo node1", "srun": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
+    env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "run")}
+    for resumed in (False, True):
+        words = subprocess.run(["bash", ROOT / "examples/slurm.sh"], env=env, capture_output=True, text=True)
+        words = words.stdout.split()
+        assert words[:3] == ["torchrun", "--nnodes=2", "--nproc_per_node=8"]
+        own = words[words.index("train.py") + 1 :]
+        preset, typed, flags = read_cli(own, importlib.import_module("train").Flags, "")
+        assert build(preset, typed).batch % (16 * typed["accumulate"]) == 0 and flags.resume == resumed
+        (tmp_path / "run/step_000025").mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
