@@ -67,8 +67,18 @@ save_state({str(tmp_path)!r}, 2, {{"config": asdict(Config()), "x": torch.zeros(
     assert loaded["step"] == 1 and loaded["x"].sum() == 3
 
 
-def test_two_processes_equal_one(nets, tmp_path):
-    """gloo, half the batch each: the same rollouts, rewards and gradients as one process with all of it."""
+def test_two_processes_equal_one(nets, tmp_path, monkeypatch):
+    """gloo, half the batch each: the same rollouts, rewards and gradients as one process with all of it; in
+    step 2 the last sample's caption is not a number, which one of two processes meets."""
+    real = train.draw
+
+    def poisoned(run, *key, micro):
+        rngs, text, about = real(run, *key, micro=micro)
+        last = rng_for(run.cfg.seed, "student", 1, 3).initial_seed()
+        text[[i for i, g in enumerate(rngs) if g.initial_seed() == last]] = float("nan")
+        return rngs, text, about
+
+    monkeypatch.setattr(train, "draw", poisoned)  # forked processes have it too
     for world in (1, 2):
         more = ("--steps=3", "--group=2", "--balance_window=2")
         call(command(nets, tmp_path / str(world), *more), processes=world)
@@ -76,6 +86,7 @@ def test_two_processes_equal_one(nets, tmp_path):
     for a, b in zip(one, two, strict=True):
         for key in ("dmd", "critic", "VQ", "MQ", "TA", "w_inter", "ess", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), key
+    assert [row["dropped"] for row in one] == [row["dropped"] for row in two] == [0, 1, 0]
     alone, pair = state(tmp_path / "1", 3), state(tmp_path / "2", 3)
     assert_close(torch.tensor(alone["balancer"]), torch.tensor(pair["balancer"]), atol=1e-4, rtol=2e-3)
     a, b = alone["student"], pair["student"]
