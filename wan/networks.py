@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from engine.checkpoint import not_finite, read_header
 from engine.rng import pick, rng_for
 from networks import Networks, load_net
 from wan import memory
+from wan.hub import FOLDERS, local
 from wan.videoalign import load_videoalign, refuse_marks
 from wan.weights import load_text, load_vae, open_wan, sized
 
@@ -42,6 +43,8 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
     The teacher is kept in bf16 if cfg.bf16, what is trained in fp32. Every prompt is encoded once, by one
     process or another, and kept on disk; then the text encoder, 11 GB, leaves memory. Raises BadInput.
     """
+    fetched = {"wan": local(flags.wan), "teacher": local(flags.teacher, ("transformer",))}
+    flags = replace(flags, **fetched, start=local(flags.start, ("transformer",)))
     if cfg.weighted and not flags.videoalign:
         raise BadInput(f"method={cfg.method} needs a reward: --videoalign=FOLDER (or --method=self_forcing)")
     if cfg.weighted:
@@ -81,8 +84,9 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
     if foreign and (what := not_finite(student.state_dict())):
         raise BadInput(f"{path} cannot be used: {what}")
-    text = load_text(flags.wan, cfg.text_length, "", cfg.device, cfg.bf16)
-    codec = load_vae(flags.wan)
+    folder = local(flags.wan, FOLDERS[1:])
+    text = load_text(folder, cfg.text_length, "", cfg.device, cfg.bf16)
+    codec = load_vae(folder)
     codec.vae.to(torch.bfloat16 if cfg.bf16 else torch.float32)
     return cfg, student, codec, lambda prompt: text([prompt])
 

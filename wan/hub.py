@@ -1,0 +1,29 @@
+"""Names on huggingface.co in the place of files and folders that are here."""
+
+import re
+from pathlib import Path
+
+from config import BadInput
+
+FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer")  # of Wan2.1 in diffusers' format
+
+
+def local(name: str, folders: tuple[str, ...] = FOLDERS) -> str:
+    """What is here stays as it is. "owner/repository" → the folder of its snapshot, of which only `folders`
+    are fetched; "owner/repository:path" → that file. What is in the cache is not fetched again, and a
+    download that was cut off goes on. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN count as they do elsewhere.
+    Raises BadInput."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", name)
+    if not found or Path(name).exists():
+        return name
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+
+        if found[2]:
+            return hf_hub_download(found[1], found[2])
+        return snapshot_download(found[1], allow_patterns=[f"{folder}/*" for folder in folders])
+    except ImportError as error:
+        raise BadInput(f"{name} is not here; to fetch it: pip install 'stream-r1[wan]'") from error
+    except Exception as error:  # no network, no such name, no access, a full disk: a dozen kinds
+        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise BadInput(f"{name} is not here, and could not be fetched from huggingface.co: {why}") from error
