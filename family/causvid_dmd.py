@@ -9,7 +9,7 @@ Claim: after its start (family/causvid.py) a causal student learns by DMD with a
 Three arms, seeds paired: rollouts from teacher forcing's start, rollouts from the ODE's start, noised clips
 from teacher forcing's start. Test prompts; the first clip of a rollout, and the last of nine (x9).
 
-simplified: 24 steps, running average .9. differs: without stage 1's long training.
+simplified: 12 steps, running average .9. differs: without stage 1's long training.
 seen here: SEEN
 """
 
@@ -121,7 +121,7 @@ class Flags:
     nets: Path = ROOT / "assets/tiny"  # folder with codec, teacher and the start by teacher forcing
     ode: Path = Path("out/family/causvid")  # where family.causvid has left its start
     out: Path = Path("out/family/causvid_dmd")  # the folder of runs and results
-    steps: int = 24  # of DMD
+    steps: int = 12  # of DMD
     seeds: int = 3  # of every arm
     prompts: int = 128  # of the test split
 

@@ -73,6 +73,10 @@ def test_only_noisy_chunks_count(tiny, model):
     later[:, 4:] += 1
     moved = causvid.causal(model, later, t, text, tiny) - plain
     assert moved[:, :4].abs().max() < 1e-5 and (moved[:, 4:].abs().amax((2, 3, 4)) > 1e-3).all()
+    each = level.repeat_interleave(tiny.chunk, 1)
+    shown = path[torch.arange(2)[:, None], each, torch.arange(tiny.frames)]
+    wrong = causvid.causal(model, shown, torch.tensor(levels)[each], text, tiny) - path[:, -1]
+    torch.testing.assert_close(loss(path), wrong[each < 2].square().mean())
     clean = torch.full_like(level, 2)
     assert causvid.ode_loss(model, path, clean, text, levels, tiny) == 0
 
@@ -97,7 +101,7 @@ def test_a_start_that_can_be_distilled(nets, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(causvid, "learn", lambda *a, learn=causvid.learn: seen.append(a[3]) or learn(*a))
     net = causvid.load_net(nets / "teacher.safetensors", cfg, "teacher")
-    causvid.ode_start(net, cfg, tmp_path, 32, 2)
+    causvid.ode_start(net, cfg, causvid.Flags(out=tmp_path, paths=32, steps=2))
     levels = torch.cat([seen[0](step)[2] for step in range(20)])  # (n chunks)
     assert levels.unique().tolist() == [0, 1, 2, 3, 4] and (levels[:, 0] != levels[:, 1]).any()
     start = f"--start={tmp_path}/ode.safetensors"
@@ -106,10 +110,11 @@ def test_a_start_that_can_be_distilled(nets, tmp_path, monkeypatch, capsys):
     )
     run = prepare(cfg, train.Flags(nets=str(nets), out=str(tmp_path / "data")), 0, 1)
     before = [p.clone() for p in run.student.parameters()]
-    noised, world = causvid_dmd.Noised(run), run.source.world
+    noised, world, asked, real = causvid_dmd.Noised(run), run.source.world, [], causvid_dmd.on_data
+    monkeypatch.setattr(causvid_dmd, "on_data", lambda *a: asked.append(1) or real(*a))
     train.update_student(run, 0), train.update_critic(run, "critic", 0, 0)
     assert any(not torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True))
-    assert world.batch(noised.keys).words == world.captions(noised.keys)
+    assert len(asked) == 2 and world.batch(noised.keys).words == world.captions(noised.keys)
 
 
 @pytest.mark.parametrize("module, words, said", [
