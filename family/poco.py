@@ -1,0 +1,162 @@
+"""PoCo: position embedding as a context controller (https://arxiv.org/abs/2604.03738), 2026.
+
+Claim: beside look-alike references attention by content fetches the wrong one; a coordinate in RoPE that says
+which reference a token belongs to fetches the right one, for no parameter.
+
+    s(n) in {0, 1}^K    which of K references the shot of token n shows; a reference's token: itself
+    plane i             one of a head's K slowest time planes: the angle of token n becomes s_i(n) φ_i
+    φ_i = (2πi - π)/K   the paper's phases; pi: φ_i = π for all
+    equal s             no turn; where s_i differs, and q and k are parallel, plane i gives |q||k| cos φ_i
+
+simplified: references and shots are single frames, a frame is one token; a shot shows one reference, drawn
+anew in every step; without a mask on the text, `text` hardly tells a shot which of the two it is.
+differs: the turn is φ_i (s_i(m) - s_i(n)), RoPE's, not its absolute value; for φ = π that is the same.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor
+from tqdm import tqdm
+
+from config import PRESETS, ROOT, BadInput, cli, read_cli
+from engine.checkpoint import writable_folder
+from engine.rng import rng_for
+from engine.sheet import contact_sheet
+from model import VideoDiT, add_noise, look, shift_time, to_x0, turns_at
+from networks import load_net
+from world.scene import RADIUS, shape_alpha
+from world.words import BACKGROUNDS, COLOURS, tokenize
+
+ARMS = ("add", "none", "text", "side", "side-pi")  # how a net is told which reference a shot shows
+SHOTS, LEVELS = 2, (0.9, 0.8, 0.7)
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # Student's t for 2, 3, ... seeds
+
+
+@dataclass(frozen=True)
+class Flags:
+    references: int = 2  # look-alikes to choose from, K
+    hue: float = 0.35  # how far they lie apart: a share of the way between two colours
+    steps: int = 400  # updates of each net, of 64 samples
+    seeds: int = 4  # nets an arm
+    arms: tuple[str, ...] = ARMS  # some of add, none, text, side, side-pi
+    out: str = "out/family"  # folder of the picture
+
+
+def side_turns(turns: Tensor, s: Tensor, arm: str) -> Tensor:
+    """Turns (f*n 1 d/2 2) of tokens and side information s (b f K) → turns (b f*n 1 d/2 2) whose K slowest
+    time planes say s, by the paper's phases or by π. Raises BadInput."""
+    (b, f, k), (n, _, planes, _) = s.shape, turns.shape
+    time = planes - 2 * (2 * planes // 6)  # planes of time come first, the slowest last
+    if k > time or not ((s == 0) | (s == 1)).all():
+        raise BadInput(f"s {(b, f, k)} is not possible; allowed: 0 and 1, for up to {time} references")
+    phi = torch.pi * ((2 * torch.arange(k) + 1) / k if arm == "side" else torch.ones(k))
+    angle = repeat(s * phi, "b f k -> b (f n) 1 k", n=n // f)
+    own, given = torch.stack([angle.cos(), angle.sin()], dim=-1), turns.expand(b, -1, -1, -1, -1)
+    return torch.cat([given[..., : time - k, :], own, given[..., time:, :]], dim=-2)
+
+
+def draw_scenes(n: int, flags: Flags, split: str) -> tuple[Tensor, Tensor, Tensor]:
+    """n scenes of circles → frames (n 1+2 K 3 32 32): the references, then each shot with the circle of every
+    reference; the references' colours (n K 3); what the shots' circles cover (n 2 1 32 32)."""
+    rand, k = partial(torch.rand, generator=rng_for("poco", split)), flags.references
+    colour = torch.tensor([*COLOURS.values()])[rand(n, len(COLOURS)).argsort(1)[:, :k]]
+    colour = torch.lerp(colour[:, :1], colour, flags.hue)
+    ground = torch.tensor([*BACKGROUNDS.values()])[(3 * rand(n, 1, 1, 1, 1, 1)).long()]
+    radius, at = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rand(n, 1, 1, 1), torch.arange(32) + 0.5
+    x, y = (8 + 16 * rand(2, n, k + SHOTS, 1, 1)).unbind()
+    alpha = shape_alpha(0, at - x, at[:, None] - y, radius).unsqueeze(2)  # circles
+    cover = torch.cat([alpha[:, None, :k], repeat(alpha[:, k:], "n s c h w -> n s k c h w", k=k)], dim=1)
+    return ground + (colour[:, None, ..., None, None] - ground) * cover, colour, alpha[:, k:]
+
+
+def choose(latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (b 1+2 K c h w) → x (b K+2 c h w) with shots that each show a reference drawn anew, side
+    information s (b K+2 K), noise for the shots (b 2 c h w)."""
+    b, _, k, *shape = latents.shape
+    shown = torch.randint(k, (b, SHOTS), generator=rng)
+    shots = latents[:, 1:][torch.arange(b)[:, None], torch.arange(SHOTS), shown]
+    s = torch.cat([torch.eye(k).expand(b, k, k), F.one_hot(shown, k)], dim=1)
+    return torch.cat([latents[:, 0], shots], dim=1), s, torch.randn(b, SHOTS, *shape, generator=rng)
+
+
+def estimate(net: VideoDiT, arm: str, x: Tensor, s: Tensor, noise: Tensor, t: Tensor, cfg) -> Tensor:
+    """x (b K+2 c h w), s (b K+2 K), noise of the shots (b 2 c h w) at t (b 2) → the shots' velocity
+    (b 2 c h w); references stay clean. All arms have one kind of net, with K channels beside the latents: 0,
+    but s in `add`; the embedding of patches is linear, so they add a learned vector a bit to the tokens."""
+    (_, f, k), c = s.shape, x.shape[2]
+    bits = repeat(s * (arm == "add"), "b f k -> b f k h w", h=x.shape[3], w=x.shape[4])
+    xt = torch.cat([torch.cat([x[:, :k], add_noise(x[:, k:], noise, t)], dim=1), bits], dim=2)
+    words = [[str(i) for i in row] if arm == "text" else [] for row in s[:, k:].argmax(-1).tolist()]
+    turns = turns_at(torch.arange(f), *cfg.grid, net.head_dim)
+    turns = side_turns(turns, s, arm) if arm.startswith("side") else turns
+    # stands where a cache stands, but remembers nothing: it tells a pass where its tokens are
+    places = SimpleNamespace(cfg=cfg, looks=lambda both: [partial(look, turns=turns)] * cfg.layers)
+    return net(xt, F.pad(t, (k, 0)), tokenize(words, cfg.text_length, cfg.text_width), places)[0][:, k:, :c]
+
+
+def train_net(arm: str, latents: Tensor, cfg, steps: int, seed: int) -> VideoDiT:
+    """Flow matching of the shots: E |v - (ε - x)|²."""
+    torch.manual_seed(seed)
+    net = VideoDiT(replace(cfg, channels=cfg.channels + latents.shape[2]))
+    opt = torch.optim.AdamW(net.parameters(), lr=4e-3, betas=(0.9, 0.99))
+    slope = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / steps))
+    for step in tqdm(range(steps), desc=f"{arm}, seed {seed}", mininterval=2, leave=False):
+        rng = rng_for("poco", seed, step)
+        x, s, noise = choose(latents[torch.randint(len(latents), (64,), generator=rng)], rng)
+        t = shift_time(torch.randn(64, SHOTS, generator=rng).sigmoid(), cfg.shift)
+        net.zero_grad()
+        F.mse_loss(estimate(net, arm, x, s, noise, t, cfg), noise - x[:, -SHOTS:]).backward()
+        opt.step()
+        slope.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def measure(net, arm: str, codec, latents: Tensor, colour: Tensor, cover: Tensor, cfg) -> tuple:
+    """→ per level the share of shots whose object, decoded, within its true disc, is nearest in colour to the
+    right reference; three scenes at the last level (3*(K+2) 3 32 32). All nets see the same noise."""
+    x, s, noise = choose(latents, rng_for("poco", "measure"))
+    shares, k, inside = [], s.shape[2], cover > 0.9
+    for level in LEVELS:
+        t = torch.full(noise.shape[:2], level)
+        x0 = to_x0(estimate(net, arm, x, s, noise, t, cfg), add_noise(x[:, k:], noise, t), t)
+        seen = (codec.decode(x0) * inside).sum((-1, -2)) / inside.sum((-1, -2))  # (n 2 3)
+        right = torch.cdist(seen, colour).argmin(-1) == s[:, k:].argmax(-1)
+        shares.append(right.float().mean())
+    return torch.stack(shares), codec.decode(torch.cat([x[:3, :k], x0[:3]], dim=1)).flatten(0, 1)
+
+
+def main() -> None:
+    _, typed, flags = read_cli(None, Flags, __doc__)
+    k, n, arms = flags.references, flags.seeds, flags.arms
+    if typed or not (arms and {*arms} <= {*ARMS} and 2 <= k <= 6 and 2 <= n <= 8 and flags.steps):
+        allowed = f"references 2 to 6, seeds 2 to 8, steps from 1, arms of {', '.join(ARMS)}"
+        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
+    out = writable_folder(flags.out) / "poco.png"
+    # [K references | shots] is one chunk, a frame one token
+    size = dict(frames=k + SHOTS, chunk=k + SHOTS, patch_time=1, patch=4, dim=64, ffn=256, layers=3, heads=2)
+    cfg, sets = replace(PRESETS["tiny"], **size, device="cpu"), []
+    codec = load_net(ROOT / "assets/tiny/codec.safetensors", cfg, "codec").requires_grad_(False)
+    for split, count in (("learn", 3072), ("test", 512)):
+        frames, *truth = draw_scenes(count, flags, split)
+        sets.append([torch.stack([codec.encode(clip) for clip in tqdm(frames, desc=split)]), *truth])
+    rows, first = [("true", choose(frames, rng_for("poco", "measure"))[0][:3].flatten(0, 1))], None
+    print("right colour at t =", *LEVELS, "and the same minus the first arm's; ± 95 % over seeds")
+    for arm in arms:
+        nets = [train_net(arm, sets[0][0], cfg, flags.steps, seed) for seed in range(n)]
+        shares, clips = zip(*(measure(net, arm, codec, *sets[1], cfg) for net in nets), strict=True)
+        first, shares = first if rows[1:] else torch.stack(shares), torch.stack(shares)  # (seeds levels)
+        table = torch.cat([shares, shares - first], dim=1)
+        cells = [f"{x.mean():6.3f} ± {T95[n - 2] * x.std() / n**0.5:.3f}" for x in table.T]
+        print(f"{arm:<8}", *cells, sep="  ", flush=True)
+        rows.append((f"{arm}: {shares[:, -1].mean():.2f} right at t = {LEVELS[-1]}", clips[0]))
+    print(contact_sheet(out, rows))
+
+
+if __name__ == "__main__":
+    cli(main)
