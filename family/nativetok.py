@@ -69,9 +69,8 @@ class Tokenizer(nn.Module):
         known, room, made = [self.mit(x)], 3 * len(self.experts), []
         for i, expert in enumerate(self.experts[:upto]):
             z = expert(F.pad(torch.cat(known, dim=1), (0, room - 3 * i)))
-            made.append(quantise(z))
-            own = made[-1][0]
-            known.append({"causal": 2 * z.sigmoid() - 1, "flat": torch.zeros_like(own)}.get(self.arm, own))
+            made.append(own := quantise(z))
+            known.append({"causal": 2 * z.sigmoid() - 1, "flat": 0 * z}.get(self.arm, own[0]))
         codes, numbers = (torch.stack(parts, dim=1) for parts in zip(*made, strict=True))
         return self.decoder(F.pad(codes.flatten(1), (0, room - 3 * upto))), codes, numbers
 
@@ -99,8 +98,7 @@ def descend(parameters, x: Tensor, loss_of, steps: int, what: str) -> None:
     for step in tqdm(range(steps), desc=what, mininterval=2, leave=False):
         opt.zero_grad()
         loss_of(x[torch.randint(len(x), (256,), generator=rng_for("nativetok", what, step))]).backward()
-        opt.step()
-        slope.step()
+        opt.step(), slope.step()
 
 
 def train_tokenizer(net: Tokenizer, x: Tensor, steps: int, what: str) -> None:
@@ -114,8 +112,8 @@ def train_tokenizer(net: Tokenizer, x: Tensor, steps: int, what: str) -> None:
 
 
 def measure(arm: str, seed: int, learn: Tensor, test: Tensor, codec, truth: Tensor, flags: Flags) -> tuple:
-    """Latents to learn from (n 192), held-out ones (m 192) and their frames (m 1 3 32 32) → bits of each
-    token, their sum, and PSNR, (L+2,), and the frames that the tokens give."""
+    """Latents to learn from, held-out ones (m 192), their frames (m 1 3 32 32) → bits of each token, their
+    sum and PSNR, (L+2,), and the frames that the tokens give."""
     torch.manual_seed(seed)
     net, prior, what = Tokenizer(arm, flags.tokens), Prior(), f"{arm}, seed {seed}"
     train_tokenizer(net, learn, flags.steps, what)
@@ -129,27 +127,25 @@ def measure(arm: str, seed: int, learn: Tensor, test: Tensor, codec, truth: Tens
 
 def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
-    n, fine = flags.seeds, flags.tokens > 1 and flags.frames > 255 and flags.steps > 3
-    if typed or not (flags.arms and {*flags.arms} <= {*ARMS} and 2 <= n <= 8 and fine):
+    n, arms, fine = flags.seeds, flags.arms, flags.tokens > 1 and flags.frames > 255 and flags.steps > 3
+    if typed or not (arms and {*arms} <= {*ARMS} and 2 <= n <= 8 and fine):
         allowed = f"tokens from 2, frames from 256, steps from 4, seeds 2 to 8, arms of {', '.join(ARMS)}"
         raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
     out, cfg = writable_folder(flags.out) / "nativetok.png", replace(PRESETS["tiny"], device="cpu")
-    codec, sets = load_net(ROOT / "assets/tiny/codec.safetensors", cfg, "codec"), []
+    codec, sets = load_net(ROOT / "assets/tiny/codec.safetensors", cfg, "codec").requires_grad_(False), []
     for split, count in (("train", flags.frames), ("test", 2048)):
-        keys, now = [("nativetok", i) for i in range(count)], torch.zeros(1, dtype=torch.long)
-        truth = World(cfg, split).batch(keys, now).video01
-        with torch.no_grad():
-            sets.append(torch.cat([codec.encode(part).flatten(1) for part in truth.split(64)]))
+        keys = [("nativetok", i) for i in range(count)]
+        truth = World(cfg, split).batch(keys, torch.tensor([0])).video01
+        sets.append(torch.cat([codec.encode(part).flatten(1) for part in truth.split(64)]))
     rows, first = [("held-out frames", truth[:12, 0])], None
-    print("bits a frame and PSNR in dB, both minus the first arm's (± 95 % over seeds), bits of each token")
-    for arm in flags.arms:
+    print("bits a frame, PSNR in dB, both minus the first arm's; ± 95 % over seeds; then bits of each token")
+    for arm in arms:
         found, shown = zip(*(measure(arm, i, *sets, codec, truth, flags) for i in range(n)), strict=True)
-        found = torch.stack(found)  # (seeds L+2)
-        first = found if first is None else first
-        columns = (*found[:, -2:].T, *(found - first)[:, -2:].T)
-        cells = [f"{x.mean():6.2f} ± {T95[n - 2] * x.std() / n**0.5:.2f}" for x in columns]
-        print(f"{arm:<8}", *cells, *(f"{bits:.2f}" for bits in found.mean(0)[:-2]), sep="  ", flush=True)
-        bits, quality = found.mean(0)[-2:]
+        first, found = first if rows[1:] else torch.stack(found), torch.stack(found)  # (seeds L+2)
+        table = torch.cat([found[:, -2:], (found - first)[:, -2:]], dim=1)
+        cells = [f"{x.mean():6.2f} ± {T95[n - 2] * x.std() / n**0.5:.2f}" for x in table.T]
+        *tokens, bits, quality = found.mean(0)
+        print(f"{arm:<8}", *cells, *(f"{x:.2f}" for x in tokens), sep="  ", flush=True)
         rows.append((f"{arm}: {bits:.1f} bits, {quality:.1f} dB", shown[0][:12, 0]))
     print(contact_sheet(out, rows))
 

@@ -9,7 +9,7 @@ which reference a token belongs to fetches the right one, for no parameter.
     equal s             no turn; where s_i differs, and q and k are parallel, plane i gives |q||k| cos φ_i
 
 simplified: references and shots are single frames, a frame is one token; a shot shows one reference, drawn
-anew in every step; without a mask on the text, `text` hardly tells a shot which of the two it is.
+anew in each scene; without a mask on the text, `text` hardly tells a shot which of the two it is.
 differs: the turn is φ_i (s_i(m) - s_i(n)), RoPE's, not its absolute value; for φ = π that is the same.
 """
 
@@ -60,34 +60,24 @@ def side_turns(turns: Tensor, s: Tensor, arm: str) -> Tensor:
     return torch.cat([given[..., : time - k, :], own, given[..., time:, :]], dim=-2)
 
 
-def draw_scenes(n: int, flags: Flags, split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """n scenes of circles → frames (n 1+2 K 3 32 32): the references, then each shot with the circle of every
-    reference; the references' colours (n K 3); what the shots' circles cover (n 2 1 32 32)."""
+def draw_scenes(n: int, flags: Flags, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n scenes → frames [K references | shots] (n K+2 3 32 32), s (n K+2 K), the references' colours (n K 3),
+    what the shots' circles cover (n 2 1 32 32)."""
     rand, k = partial(torch.rand, generator=rng_for("poco", split)), flags.references
     colour = torch.tensor([*COLOURS.values()])[rand(n, len(COLOURS)).argsort(1)[:, :k]]
     colour = torch.lerp(colour[:, :1], colour, flags.hue)
-    ground = torch.tensor([*BACKGROUNDS.values()])[(3 * rand(n, 1, 1, 1, 1, 1)).long()]
+    ground = torch.tensor([*BACKGROUNDS.values()])[(3 * rand(n, 1, 1, 1, 1)).long()]
     radius, at = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rand(n, 1, 1, 1), torch.arange(32) + 0.5
     x, y = (8 + 16 * rand(2, n, k + SHOTS, 1, 1)).unbind()
-    alpha = shape_alpha(0, at - x, at[:, None] - y, radius).unsqueeze(2)  # circles
-    cover = torch.cat([alpha[:, None, :k], repeat(alpha[:, k:], "n s c h w -> n s k c h w", k=k)], dim=1)
-    return ground + (colour[:, None, ..., None, None] - ground) * cover, colour, alpha[:, k:]
-
-
-def choose(latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (b 1+2 K c h w) → x (b K+2 c h w) with shots that each show a reference drawn anew, side
-    information s (b K+2 K), noise for the shots (b 2 c h w)."""
-    b, _, k, *shape = latents.shape
-    shown = torch.randint(k, (b, SHOTS), generator=rng)
-    shots = latents[:, 1:][torch.arange(b)[:, None], torch.arange(SHOTS), shown]
-    s = torch.cat([torch.eye(k).expand(b, k, k), F.one_hot(shown, k)], dim=1)
-    return torch.cat([latents[:, 0], shots], dim=1), s, torch.randn(b, SHOTS, *shape, generator=rng)
+    cover = shape_alpha(0, at - x, at[:, None] - y, radius).unsqueeze(2)  # circles
+    s = torch.cat([torch.eye(k).expand(n, k, k), F.one_hot((k * rand(n, SHOTS)).long(), k)], dim=1)
+    return ground + ((s @ colour)[..., None, None] - ground) * cover, s, colour, cover[:, k:]
 
 
 def estimate(net: VideoDiT, arm: str, x: Tensor, s: Tensor, noise: Tensor, t: Tensor, cfg) -> Tensor:
-    """x (b K+2 c h w), s (b K+2 K), noise of the shots (b 2 c h w) at t (b 2) → the shots' velocity
-    (b 2 c h w); references stay clean. All arms have one kind of net, with K channels beside the latents: 0,
-    but s in `add`; the embedding of patches is linear, so they add a learned vector a bit to the tokens."""
+    """x (b K+2 c h w), s (b K+2 K), noise of the shots at t (b 2) → the shots' velocity (b 2 c h w); references
+    stay clean. All arms have K channels beside the latents: 0, or s in `add`, whose learned vectors then enter
+    the tokens, as the embedding of patches is linear."""
     (_, f, k), c = s.shape, x.shape[2]
     bits = repeat(s * (arm == "add"), "b f k -> b f k h w", h=x.shape[3], w=x.shape[4])
     xt = torch.cat([torch.cat([x[:, :k], add_noise(x[:, k:], noise, t)], dim=1), bits], dim=2)
@@ -99,35 +89,34 @@ def estimate(net: VideoDiT, arm: str, x: Tensor, s: Tensor, noise: Tensor, t: Te
     return net(xt, F.pad(t, (k, 0)), tokenize(words, cfg.text_length, cfg.text_width), places)[0][:, k:, :c]
 
 
-def train_net(arm: str, latents: Tensor, cfg, steps: int, seed: int) -> VideoDiT:
-    """Flow matching of the shots: E |v - (ε - x)|²."""
+def train_net(arm: str, latents: Tensor, told: Tensor, cfg, steps: int, seed: int) -> VideoDiT:
+    """Flow matching of the shots in latents (n K+2 c h w): E |v - (ε - x)|²."""
     torch.manual_seed(seed)
-    net = VideoDiT(replace(cfg, channels=cfg.channels + latents.shape[2]))
+    net = VideoDiT(replace(cfg, channels=cfg.channels + told.shape[2]))
     opt = torch.optim.AdamW(net.parameters(), lr=4e-3, betas=(0.9, 0.99))
     slope = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / steps))
     for step in tqdm(range(steps), desc=f"{arm}, seed {seed}", mininterval=2, leave=False):
         rng = rng_for("poco", seed, step)
-        x, s, noise = choose(latents[torch.randint(len(latents), (64,), generator=rng)], rng)
+        pick = torch.randint(len(latents), (64,), generator=rng)
+        x, s, noise = latents[pick], told[pick], torch.randn(64, *latents[0, -SHOTS:].shape, generator=rng)
         t = shift_time(torch.randn(64, SHOTS, generator=rng).sigmoid(), cfg.shift)
         net.zero_grad()
         F.mse_loss(estimate(net, arm, x, s, noise, t, cfg), noise - x[:, -SHOTS:]).backward()
-        opt.step()
-        slope.step()
+        opt.step(), slope.step()
     return net.eval()
 
 
 @torch.no_grad()
-def measure(net, arm: str, codec, latents: Tensor, colour: Tensor, cover: Tensor, cfg) -> tuple:
+def measure(net, arm: str, codec, x: Tensor, s: Tensor, colour: Tensor, cover: Tensor, cfg) -> tuple:
     """→ per level the share of shots whose object, decoded, within its true disc, is nearest in colour to the
     right reference; three scenes at the last level (3*(K+2) 3 32 32). All nets see the same noise."""
-    x, s, noise = choose(latents, rng_for("poco", "measure"))
     shares, k, inside = [], s.shape[2], cover > 0.9
+    noise = torch.randn(x[:, k:].shape, generator=rng_for("poco", "measure"))
     for level in LEVELS:
         t = torch.full(noise.shape[:2], level)
         x0 = to_x0(estimate(net, arm, x, s, noise, t, cfg), add_noise(x[:, k:], noise, t), t)
         seen = (codec.decode(x0) * inside).sum((-1, -2)) / inside.sum((-1, -2))  # (n 2 3)
-        right = torch.cdist(seen, colour).argmin(-1) == s[:, k:].argmax(-1)
-        shares.append(right.float().mean())
+        shares.append((torch.cdist(seen, colour).argmin(-1) == s[:, k:].argmax(-1)).float().mean())
     return torch.stack(shares), codec.decode(torch.cat([x[:3, :k], x0[:3]], dim=1)).flatten(0, 1)
 
 
@@ -138,17 +127,16 @@ def main() -> None:
         allowed = f"references 2 to 6, seeds 2 to 8, steps from 1, arms of {', '.join(ARMS)}"
         raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
     out = writable_folder(flags.out) / "poco.png"
-    # [K references | shots] is one chunk, a frame one token
     size = dict(frames=k + SHOTS, chunk=k + SHOTS, patch_time=1, patch=4, dim=64, ffn=256, layers=3, heads=2)
     cfg, sets = replace(PRESETS["tiny"], **size, device="cpu"), []
     codec = load_net(ROOT / "assets/tiny/codec.safetensors", cfg, "codec").requires_grad_(False)
     for split, count in (("learn", 3072), ("test", 512)):
         frames, *truth = draw_scenes(count, flags, split)
-        sets.append([torch.stack([codec.encode(clip) for clip in tqdm(frames, desc=split)]), *truth])
-    rows, first = [("true", choose(frames, rng_for("poco", "measure"))[0][:3].flatten(0, 1))], None
+        sets.append([torch.cat([codec.encode(part) for part in tqdm(frames.split(64), desc=split)]), *truth])
+    rows, first = [("true", frames[:3].flatten(0, 1))], None
     print("right colour at t =", *LEVELS, "and the same minus the first arm's; ± 95 % over seeds")
     for arm in arms:
-        nets = [train_net(arm, sets[0][0], cfg, flags.steps, seed) for seed in range(n)]
+        nets = [train_net(arm, *sets[0][:2], cfg, flags.steps, seed) for seed in range(n)]
         shares, clips = zip(*(measure(net, arm, codec, *sets[1], cfg) for net in nets), strict=True)
         first, shares = first if rows[1:] else torch.stack(shares), torch.stack(shares)  # (seeds levels)
         table = torch.cat([shares, shares - first], dim=1)
