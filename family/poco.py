@@ -33,14 +33,13 @@ from world.scene import RADIUS, shape_alpha
 from world.words import BACKGROUNDS, COLOURS, tokenize
 
 ARMS = ("add", "none", "text", "side", "side-pi")  # how a net is told which reference a shot shows
-SHOTS, LEVELS = 2, (0.9, 0.8, 0.7)
+SHOTS, HUE, LEVELS = 2, 0.35, (0.9, 0.8, 0.7)  # look-alikes differ by 35 % of the way between two colours
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # Student's t for 2, 3, ... seeds
 
 
 @dataclass(frozen=True)
 class Flags:
     references: int = 2  # look-alikes to choose from, K
-    hue: float = 0.35  # how far they lie apart: a share of the way between two colours
     steps: int = 400  # updates of each net, of 64 samples
     seeds: int = 4  # nets an arm
     arms: tuple[str, ...] = ARMS  # some of add, none, text, side, side-pi
@@ -65,7 +64,7 @@ def draw_scenes(n: int, flags: Flags, split: str) -> tuple[Tensor, Tensor, Tenso
     what the shots' circles cover (n 2 1 32 32)."""
     rand, k = partial(torch.rand, generator=rng_for("poco", split)), flags.references
     colour = torch.tensor([*COLOURS.values()])[rand(n, len(COLOURS)).argsort(1)[:, :k]]
-    colour = torch.lerp(colour[:, :1], colour, flags.hue)
+    colour = torch.lerp(colour[:, :1], colour, HUE)
     ground = torch.tensor([*BACKGROUNDS.values()])[(3 * rand(n, 1, 1, 1, 1)).long()]
     radius, at = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rand(n, 1, 1, 1), torch.arange(32) + 0.5
     x, y = (8 + 16 * rand(2, n, k + SHOTS, 1, 1)).unbind()
@@ -75,16 +74,15 @@ def draw_scenes(n: int, flags: Flags, split: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def estimate(net: VideoDiT, arm: str, x: Tensor, s: Tensor, noise: Tensor, t: Tensor, cfg) -> Tensor:
-    """x (b K+2 c h w), s (b K+2 K), noise of the shots at t (b 2) → the shots' velocity (b 2 c h w); references
-    stay clean. All arms have K channels beside the latents: 0, or s in `add`, whose learned vectors then enter
-    the tokens, as the embedding of patches is linear."""
+    """x (b K+2 c h w), s (b K+2 K), noise of the shots at t (b 2) → their velocity (b 2 c h w). Every arm has
+    K channels beside the latents: 0, or s in `add`, which adds learned vectors to the tokens. `places` stands
+    where a cache stands, but remembers nothing: it tells a pass where its tokens are."""
     (_, f, k), c = s.shape, x.shape[2]
     bits = repeat(s * (arm == "add"), "b f k -> b f k h w", h=x.shape[3], w=x.shape[4])
     xt = torch.cat([torch.cat([x[:, :k], add_noise(x[:, k:], noise, t)], dim=1), bits], dim=2)
     words = [[str(i) for i in row] if arm == "text" else [] for row in s[:, k:].argmax(-1).tolist()]
     turns = turns_at(torch.arange(f), *cfg.grid, net.head_dim)
     turns = side_turns(turns, s, arm) if arm.startswith("side") else turns
-    # stands where a cache stands, but remembers nothing: it tells a pass where its tokens are
     places = SimpleNamespace(cfg=cfg, looks=lambda both: [partial(look, turns=turns)] * cfg.layers)
     return net(xt, F.pad(t, (k, 0)), tokenize(words, cfg.text_length, cfg.text_width), places)[0][:, k:, :c]
 
@@ -100,16 +98,15 @@ def train_net(arm: str, latents: Tensor, told: Tensor, cfg, steps: int, seed: in
         pick = torch.randint(len(latents), (64,), generator=rng)
         x, s, noise = latents[pick], told[pick], torch.randn(64, *latents[0, -SHOTS:].shape, generator=rng)
         t = shift_time(torch.randn(64, SHOTS, generator=rng).sigmoid(), cfg.shift)
-        net.zero_grad()
         F.mse_loss(estimate(net, arm, x, s, noise, t, cfg), noise - x[:, -SHOTS:]).backward()
-        opt.step(), slope.step()
+        opt.step(), slope.step(), net.zero_grad()
     return net.eval()
 
 
 @torch.no_grad()
 def measure(net, arm: str, codec, x: Tensor, s: Tensor, colour: Tensor, cover: Tensor, cfg) -> tuple:
     """→ per level the share of shots whose object, decoded, within its true disc, is nearest in colour to the
-    right reference; three scenes at the last level (3*(K+2) 3 32 32). All nets see the same noise."""
+    right reference; three scenes at the last level (3*(K+2) 3 32 32)."""
     shares, k, inside = [], s.shape[2], cover > 0.9
     noise = torch.randn(x[:, k:].shape, generator=rng_for("poco", "measure"))
     for level in LEVELS:
@@ -126,9 +123,9 @@ def main() -> None:
     if typed or not (arms and {*arms} <= {*ARMS} and 2 <= k <= 6 and 2 <= n <= 8 and flags.steps):
         allowed = f"references 2 to 6, seeds 2 to 8, steps from 1, arms of {', '.join(ARMS)}"
         raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
-    out = writable_folder(flags.out) / "poco.png"
     size = dict(frames=k + SHOTS, chunk=k + SHOTS, patch_time=1, patch=4, dim=64, ffn=256, layers=3, heads=2)
-    cfg, sets = replace(PRESETS["tiny"], **size, device="cpu"), []
+    sets, out = [], writable_folder(flags.out) / "poco.png"
+    cfg = replace(PRESETS["tiny"], **size, device="cpu")
     codec = load_net(ROOT / "assets/tiny/codec.safetensors", cfg, "codec").requires_grad_(False)
     for split, count in (("learn", 3072), ("test", 512)):
         frames, *truth = draw_scenes(count, flags, split)

@@ -10,6 +10,7 @@ from engine.rng import rng_for
 from family import nativetok
 from family.nativetok import ARMS, BASE, CODES, LEVELS, Prior, Tokenizer, descend, quantise, train_tokenizer
 
+BAD = "--tokens=1 --tokens=-1 --arms=natives --seeds=9 --frames=9 --steps=3"
 X = torch.randn(64, 192, generator=rng_for("latents"))
 
 
@@ -20,8 +21,7 @@ def made(arm: str, tokens: int = 5) -> Tokenizer:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_token_depends_on_those_before_it_alone(arm):
-    """Another expert j, and so another token j, leaves tokens before it; those after it see the change,
-    unless they see nothing but the frame."""
+    """Another expert j, so another token j, changes no token before it, and those after it unless `flat`."""
     net, j = made(arm), 2
     _, codes, _ = net(X, 5)
     net.experts[j][-1].weight.data.mul_(-40)
@@ -77,7 +77,6 @@ def trained_bits(copied: bool, steps: int) -> torch.Tensor:
     """Of three tokens, as shares of log2 240; the last one may be a copy of the one before it."""
     numbers = torch.randint(CODES, (22000, 3), generator=rng_for("uniform"))
     numbers[:, 2] = numbers[:, 2 - copied]
-    torch.manual_seed(0)
     prior = Prior()
     descend(prior.parameters(), numbers[:20000], lambda batch: prior(batch).mean(), steps, "test")
     with torch.no_grad():
@@ -94,9 +93,7 @@ def test_a_prior_knows_a_copied_token():
     assert abs(min(free) - 1) < 0.02 and copy < 0.02
 
 
-@pytest.mark.parametrize(
-    "words", "--tokens=1 --tokens=-1 --arms=natives --seeds=9 --frames=9 --steps=3".split()
-)
+@pytest.mark.parametrize("words", BAD.split())
 def test_bad_input_is_one_line(words, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         in_process(monkeypatch, nativetok, words)

@@ -15,6 +15,7 @@ from family.poco import draw_scenes, estimate, side_turns
 from model import look, rotate, turns_at
 
 CFG = replace(PRESETS["tiny"], frames=4, patch_time=1, patch=4, dim=64, ffn=64, layers=2, heads=2)
+BAD = "--references=7 --references=1 --arms=sides --arms= --seeds=1 --steps=0"
 TURNS = turns_at(torch.arange(4), 1, 1, 32)  # 6 planes of time, 5 of rows, 5 of columns
 
 
@@ -69,9 +70,8 @@ def test_all_tokens_of_a_frame_are_told_the_same():
 def test_only_arms_that_are_told_notice_which_reference_a_shot_shows(build):
     net, rng = build(replace(CFG, channels=14)), rng_for("x")
     x, noise = torch.randn(5, 4, 12, 4, 4, generator=rng), torch.randn(5, 2, 12, 4, 4, generator=rng)
-    s = draw_scenes(5, poco.Flags(), "test")[1]
-    blind = copy.deepcopy(net)  # to the channels that `add` alone fills
-    blind.patch_embedding.weight.data[:, 12:] = 9
+    s, blind = draw_scenes(5, poco.Flags(), "test")[1], copy.deepcopy(net)
+    blind.patch_embedding.weight.data[:, 12:] = 9  # of the channels that `add` alone fills
     swapped, t = torch.cat([s[:, :2], s[:, 2:].flip(-1)], dim=1), torch.full((5, 2), 0.7)
     for arm in poco.ARMS:
         one, other = (estimate(net, arm, x, told, noise, t, CFG) for told in (s, swapped))
@@ -86,13 +86,11 @@ def test_scenes_show_what_they_say():
     x, s, colour, cover = draw_scenes(200, poco.Flags(references=3), "test")
     seen = (x[:, 3:] * (cover > 0.99)).sum((-1, -2)) / (cover > 0.99).sum((-1, -2))
     assert torch.equal(torch.cdist(seen, colour).argmin(-1), s[:, 3:].argmax(-1))
-    assert torch.equal(s[:, :3], torch.eye(3).expand(200, 3, 3))
+    assert (s[:, :3] == torch.eye(3)).all()
     assert s[:, 3:].mean(0).sub(1 / 3).abs().max() < 0.1  # drawn anew: no place gives it away
 
 
-@pytest.mark.parametrize(
-    "words", "--references=7 --references=1 --arms=sides --arms= --seeds=1 --steps=0".split()
-)
+@pytest.mark.parametrize("words", BAD.split())
 def test_bad_input_is_one_line(words, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         in_process(monkeypatch, poco, words)
