@@ -11,7 +11,7 @@ tokens that are made one after another, each from those before it, are easier to
 simplified: latents of single frames; MLPs, which see a frame or tokens as one vector, and a GRU as the prior.
 differs: FSQ (8·6·5 = 240 codes), not a learned codebook: no code dies and no loss asks for commitment.
 seen here: no advantage. python -m family.nativetok, 3 seeds, 2,048 held-out frames: native 48.3 ± 1.8 bits at
-    21.07 dB; minus native, paired: at once +1.6 ± 1.4 bits and +.22 ± .06 dB, causal -.2 ± 2.8 and +.22 ± .09,
+    21.07 dB; minus native: at once +1.6 ± 1.4 bits and +.22 ± .06 dB, causal -.2 ± 2.8 and +.22 ± .09,
     flat +1.2 ± 3.0 and +.21 ± .09. In all arms later tokens cost less, and frames lose their shapes.
 """
 
