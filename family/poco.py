@@ -83,7 +83,7 @@ def estimate(net: VideoDiT, arm: str, x: Tensor, s: Tensor, noise: Tensor, t: Te
     words = [[str(i) for i in row] if arm == "text" else [] for row in s[:, k:].argmax(-1).tolist()]
     turns = turns_at(torch.arange(f), *cfg.grid, net.head_dim)
     turns = side_turns(turns, s, arm) if arm.startswith("side") else turns
-    places = SimpleNamespace(cfg=cfg, looks=lambda both: [partial(look, turns=turns)] * cfg.layers)
+    places = SimpleNamespace(chunk=f, looks=lambda both: [partial(look, turns=turns)] * cfg.layers)
     return net(xt, F.pad(t, (k, 0)), tokenize(words, cfg.text_length, cfg.text_width), places)[0][:, k:, :c]
 
 

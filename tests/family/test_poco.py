@@ -14,7 +14,7 @@ from family import poco
 from family.poco import draw_scenes, estimate, side_turns
 from model import look, rotate, turns_at
 
-CFG = replace(PRESETS["tiny"], frames=4, patch_time=1, patch=4, dim=64, ffn=64, layers=2, heads=2)
+CFG = replace(PRESETS["tiny"], patch_time=1, patch=4, dim=64, ffn=64, layers=2, heads=2)
 BAD = "--references=7 --references=1 --arms=sides --arms= --seeds=1 --steps=0"
 TURNS = turns_at(torch.arange(4), 1, 1, 32)  # 6 planes of time, 5 of rows, 5 of columns
 
