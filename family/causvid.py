@@ -7,7 +7,7 @@ Claim: regression onto a bidirectional teacher's own ODE paths makes a causal fe
     It blurs where x_0,1 depends on later chunks' noise. Two chunks of variance 1, correlation ρ: x_0 = Σ^½ ε,
     the best causal x̂_1 is a ε_1, a = (√(1+ρ) + √(1-ρ)) / 2, its variance a² = (1 + √(1-ρ²)) / 2.
 
-simplified: 256 paths, 300 steps. Stage 2 is family/causvid_dmd.py.
+simplified: 256 paths, 300 steps. Stage 2, DMD on noised clips, is not here: rollouts took its place (train.py).
 seen here: (python -m family.causvid) the other chunks' noise decides .84 ±.04 of a first chunk's variance (64
 prompts, 8 draws). One step from noise, 256 test clips: shape right in .40 ±.06 (teacher forcing .00, teacher
 .98), yet farther from the teacher's clip of the same noise (.75 ±.05) than a blur is (.67 ±.03): 256 paths
@@ -33,7 +33,7 @@ from engine.sheet import contact_sheet
 from model import guided_x0, shift_time, to_x0
 from networks import load_net
 from rollout import step_grid
-from world.measure import measure
+from world.measure import mean, measure
 from world.scene import World
 from world.words import caption, tokenize
 
@@ -102,11 +102,6 @@ def open_share(net, cfg: Config, prompts: int, draws: int = 8) -> Tensor:
         same, free = (half.var(0).mean() for half in x[:, 1, : cfg.chunk].split(draws))
         shares.append(same / free)
     return torch.stack(shares)
-
-
-def mean(x: Tensor) -> str:
-    """(n,) → mean ± half a 95 % interval."""
-    return f"{x.mean():.3f} ±{(1.96 + 2.37 / (len(x) - 1)) * x.std() / len(x) ** 0.5:.3f}"
 
 
 @dataclass(frozen=True)

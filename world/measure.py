@@ -74,6 +74,13 @@ def three_axes(measured: dict[str, Tensor]) -> dict[str, Tensor]:
     return {axis: torch.stack(values).nanmean(0) for axis, values in parts.items()}
 
 
+def mean(x: Tensor, digits: int = 2) -> str:
+    """Measures (n,) of n clips or seeds → "mean ±half a 95 % interval" (Student's t)."""
+    v = len(x) - 1
+    t = (12.71, 4.30, 3.18)[v - 1] if v < 4 else 1.96 + 2.37 / v + 2.82 / v**2 + 2.56 / v**3
+    return f"{x.mean():.{digits}f} ±{t * x.std() / len(x) ** 0.5:.{digits}f}"
+
+
 def _agree(word: str, words: tuple, found: int) -> Tensor:
     return torch.tensor(float("nan") if not word else float(words[found] == word))
 

@@ -1,6 +1,4 @@
-"""CausVid: the regression onto the teacher's paths, and DMD on noised clips."""
-
-from dataclasses import replace
+"""CausVid: the regression onto the teacher's paths."""
 
 import pytest
 import torch
@@ -9,9 +7,8 @@ from runs import KEYS, SMALL, in_process
 import train
 from config import Config, build, cli
 from engine.rng import randn, rng_for
-from family import causvid, causvid_dmd
+from family import causvid
 from rollout import sample_teacher, step_grid
-from run import prepare
 
 
 def gaussian(rho):
@@ -81,20 +78,6 @@ def test_only_noisy_chunks_count(tiny, model):
     assert causvid.ode_loss(model, path, clean, text, levels, tiny) == 0
 
 
-def test_noised_clips(tiny, model):
-    """Catches levels that are not the chunks' own, and chunks without gradient."""
-    cfg = replace(tiny, denoise=(1.0, 1e-4), shift=1.0)
-    x, noise = torch.randn(2, 2, cfg.frames, *cfg.latent_shape)
-    text, level = torch.randn(2, cfg.text_length, cfg.text_width), torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1]])
-    made = causvid_dmd.on_data(model, x, noise, level, text, cfg)
-    kept = level.repeat_interleave(cfg.chunk, 1) == 1
-    assert (made - x)[kept].abs().max() < 0.05 and (made - x)[~kept].abs().max() > 0.1
-    for k in range(cfg.chunks):
-        part = made[:, k * cfg.chunk : (k + 1) * cfg.chunk].square().sum()
-        grads = torch.autograd.grad(part, list(model.blocks.parameters()), retain_graph=True)
-        assert max(float(g.abs().max()) for g in grads) > 0
-
-
 def test_a_start_that_can_be_distilled(nets, tmp_path, monkeypatch, capsys):
     """Two steps of stage 1, then of DMD from there, by rollouts and on noised clips of the same captions."""
     cfg = build("tiny", SMALL | {"device": "cpu"})
@@ -108,22 +91,13 @@ def test_a_start_that_can_be_distilled(nets, tmp_path, monkeypatch, capsys):
     in_process(
         monkeypatch, train, f"--nets={nets}", f"--out={tmp_path}/run", start, *KEYS, "--steps=1", "--batch=2"
     )
-    run = prepare(cfg, train.Flags(nets=str(nets), out=str(tmp_path / "data")), 0, 1)
-    before = [p.clone() for p in run.student.parameters()]
-    noised, world, asked, real = causvid_dmd.Noised(run), run.source.world, [], causvid_dmd.on_data
-    monkeypatch.setattr(causvid_dmd, "on_data", lambda *a: asked.append(1) or real(*a))
-    train.update_student(run, 0), train.update_critic(run, "critic", 0, 0)
-    assert any(not torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True))
-    assert len(asked) == 2 and world.batch(noised.keys).words == world.captions(noised.keys)
 
 
-@pytest.mark.parametrize("module, words, said", [
-    (causvid, ["--paths=8"], "16 paths"), (causvid, ["--steps=0"], "1 step"),
-    (causvid, ["--beta=1"], "allowed"), (causvid_dmd, ["--seeds=1"], "seeds"),
-    (causvid_dmd, ["--ode=gone"], "family.causvid"),
+@pytest.mark.parametrize("words, said", [
+    (["--paths=8"], "16 paths"), (["--steps=0"], "1 step"), (["--beta=1"], "allowed"),
 ])  # fmt: skip
-def test_bad_input(monkeypatch, capsys, module, words, said):
+def test_bad_input(monkeypatch, capsys, words, said):
     monkeypatch.setattr("sys.argv", ["x", *words])
     with pytest.raises(SystemExit) as stopped:
-        cli(module.main)
+        cli(causvid.main)
     assert stopped.value.code == 2 and said in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from config import BadInput, Config
 from engine.rng import rng_for
 from world.corrupt import LOOKS, MOTION, worse_looks, worse_motion
-from world.measure import ACCURACIES, measure, three_axes
+from world.measure import ACCURACIES, mean, measure, three_axes
 from world.scene import WEAVE, World, split_of
 from world.words import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPEEDS, caption, parse, tokenize
 
@@ -365,3 +365,14 @@ def test_longer_clips_are_measured_alike():
     batch = World(replace(Config(), frames=16), "test").batch(keys(24), torch.arange(48))
     found = shares(batch.video01, batch.prompts)
     assert min(found[name] for name in ACCURACIES) >= 0.95
+
+
+def test_intervals_are_students():
+    """Catches a normal distribution's interval, which is half as wide for three seeds."""
+    scipy = pytest.importorskip("scipy.stats")
+    for n in (2, 3, 4, 5, 8, 128):
+        x = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        half = scipy.t.ppf(0.975, n - 1) * x.std() / n**0.5
+        found, width = mean(x, 4).split(" ±")
+        assert float(found) == pytest.approx(float(x.mean()), abs=1e-4)
+        assert float(width) == pytest.approx(float(half), rel=6e-3)
