@@ -7,7 +7,7 @@ Claim: regression onto a bidirectional teacher's own ODE paths makes a causal fe
     It blurs where x_0,1 depends on later chunks' noise. Two chunks of variance 1, correlation ρ: x_0 = Σ^½ ε,
     the best causal x̂_1 is a ε_1, a = (√(1+ρ) + √(1-ρ)) / 2, its variance a² = (1 + √(1-ρ²)) / 2.
 
-simplified: 256 paths, 300 steps. Stage 2, DMD on noised clips, is not here: rollouts took its place (train.py).
+simplified: 256 paths, 300 steps. Stage 2, DMD on noised clips, is not here: train.py has rollouts instead.
 seen here: (python -m family.causvid) the other chunks' noise decides .84 ±.04 of a first chunk's variance (64
 prompts, 8 draws). One step from noise, 256 test clips: shape right in .40 ±.06 (teacher forcing .00, teacher
 .98), yet farther from the teacher's clip of the same noise (.75 ±.05) than a blur is (.67 ±.03): 256 paths
