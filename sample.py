@@ -3,7 +3,7 @@
     python sample.py --prompt "a red circle moving left slowly on a black background"
     python sample.py --prompt "a red ring moving up" --prompt "a blue ring moving down@48" --frames=96
     python sample.py --prompt "a green square moving right quickly" --init=clip.mp4 --out=out/more.gif
-    python sample.py --prompt "a green circle moving left" --video=clip.mp4 --strength=.7
+    python sample.py --prompt "a green circle moving left" --video=clip.mp4 --strength=.65
     python sample.py wan-1.3b --wan=Wan2.1-T2V-1.3B-Diffusers --student=student.safetensors --prompt "..."
     (and --method=self_forcing or another one if the student is not this project's)
 
@@ -55,7 +55,7 @@ class Flags:
     wan: str = ""  # Wan2.1 in diffusers' format: codec and text; --student may then be another trainer's
     init: str = ""  # a clip or a picture to go on from
     video: str = ""  # a clip to make over, chunk by chunk as it arrives; the video is as long, or shorter
-    strength: float = 0.7  # of it: how much of the clip turns into noise; 1: all, only the prompt counts
+    strength: float = 0.65  # of it: how much of the clip turns into noise; 1: all, only the prompt counts
 
 
 def main() -> None:
