@@ -4,7 +4,7 @@ Claim: a student of M steps gains from an inner flow: a head runs N times a step
 
     x̂ = head(m), m = backbone(x_t): by itself a network answers E[x | x_t], which is no draw of x
     z_s = (1 - s) x + s z_1, z_1 ~ N(0, I):  an inner flow draws one, in N steps from s = 1 to s = 0:
-    x̂ = head(m + g(s) ⊙ block(m + E(z_s))) + g'(s) ⊙ z_s,  z_r = z_s - (s - r) (z_s - x̂) / s;  at first g = 0
+    x̂ = head(m + g(s) ⊙ block(m + E(z_s))) + g'(s) ⊙ z_s,  z_r = z_s - (s - r) (z_s - x̂) / s; at first g = 0
     stage 1, transition matching: |x̂ - x|² at the s of the N steps; with N = 1 that is E[x | x_t] again
     stage 2: distribution matching (DMD) through all inner steps
 
