@@ -12,8 +12,8 @@ seen here: (python -m family.causvid) the other chunks' noise decides .84 ±.04 
 prompts, 8 draws). One step from noise, 256 test clips: shape right in .40 ±.06 (teacher forcing .00, teacher
 .98), yet farther from the teacher's clip of the same noise (.75 ±.05) than a blur is (.67 ±.03): 256 paths
 are learnt by heart. Rollouts of four steps score .94 before any distillation, teacher forcing's .78; after 16
-steps the difference is +.003 ±.008 (3 seeds; train.py --start=... --method=windowed --steps=16 --eval_every=16
---eval_clips=128 --ema=.9, its held-out score).
+steps the difference is +.003 ±.008 (3 seeds, held-out score of train.py --start=... --method=windowed
+--steps=16 --eval_every=16 --eval_clips=128 --ema=.9).
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
