@@ -28,47 +28,33 @@ from config import ROOT, BadInput, Config, cli, from_words, read_cli
 from engine.checkpoint import read_header, writable_folder
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
-from model import Cache, ListCache, look
 from networks import load_net
 from rollout import Given, denoise_chunk, noised, step_grid, stream
-from world.measure import measure
+from world.measure import mean, measure
 from world.scene import World
 from world.words import BACKGROUNDS, COLOURS, caption, tokenize
 
 WAYS = {"no past": "none", "clean": "clean", "last": "none", "aligned": "aligned"}  # → context
 
 
-class Together:
-    """The first chunks of a video in one pass, each seeing all of them: in the place of a cache."""
-
-    def __init__(self, cache: Cache, chunks: int):
-        self.chunk, self.layers = chunks * cache.chunk, cache.layers
-        self.turns = cache.places[:chunks].flatten(0, 1)
-
-    def looks(self, both: bool) -> list[partial]:
-        return [partial(look, turns=self.turns)] * len(self.layers)
-
-
 @torch.no_grad()
-def warm_up(student, text, cfg: Config, rngs, first: list[Tensor], grid) -> tuple[Tensor, ...]:
+def warm_up(student, text, rngs, first: list[Tensor], grid) -> tuple[Tensor, ...]:
     """Clean chunks of the input (b chunk c h w) → the same made over together, the `past` of a stream."""
-    both = Together(ListCache(student, cfg), len(first))
     source = torch.cat(first, 1)
     start, *fresh = (randn(rngs, *source.shape[1:]) for _ in grid)
     noise = noised(source, start, grid[0]), *fresh
-    return denoise_chunk(Given(student, text), [both], grid, False, None, *noise)[0].chunk(len(first), 1)
+    # without a cache, each chunk sees all of them
+    return denoise_chunk(Given(student, text), [None], grid, False, None, *noise)[0].chunk(len(first), 1)
 
 
 @torch.no_grad()
 def made(student, text, chunks, rngs, cfg: Config, way: str, strength: float, warm=0) -> Tensor:
-    """Clean chunks → the video made over (b f c h w), each chunk seeing what `way` says; "": as it was."""
-    if not way:
-        return torch.cat(chunks, 1)
+    """Clean chunks → the video made over (b f c h w), each chunk seeing what `way` says."""
     how = partial(stream, student, text, replace(cfg, context=WAYS[way]), rngs, strength=strength)
     if way == "no past":
         return torch.cat([next(how(over=[z])) for z in chunks], 1)
     grid = strength, *(level for level in step_grid(cfg, 0) if level < strength)
-    past = warm_up(student, text, cfg, rngs, chunks[:warm], grid) if warm else ()
+    past = warm_up(student, text, rngs, chunks[:warm], grid) if warm else ()
     return torch.cat([*past, *how(past=past, over=chunks[warm:])], 1)
 
 
@@ -99,12 +85,6 @@ def scenes(cfg: Config, ground: str, first: int, clips: int, chunks: int):
     return drawn.video01, asked, drawn.position[:, 0]
 
 
-def line(name: str, x: Tensor, above: Tensor) -> str:
-    """(clips 4) of an arm and of the one above → means ± half a 95 % interval, jitter's difference."""
-    cells = [*x.unbind(1), (x - above)[:, 0]]
-    return f"{name:<22}" + "".join(f"{c.mean():8.2f} ±{1.98 * c.std() / len(x) ** 0.5:.2f}" for c in cells)
-
-
 @dataclass(frozen=True)
 class Flags:
     student: Path = ROOT / "assets/tiny/stream_r1.safetensors"  # its codec lies beside it
@@ -127,20 +107,22 @@ def main() -> None:
     codec = load_net(flags.student.with_name("codec.safetensors"), cfg, "codec")
     found, rows, two = {}, [], replace(cfg, sink=2, sink_mode="static", window=4)
     arms = [(f"{s:g} {way}", cfg, way, s, 0) for s in flags.strengths for way in WAYS]
-    arms += [(f"{s:g} warm-up of {w}", two, "aligned", s, w) for s in (0.75,) for w in (0, 2)]
+    arms += [(f"0.75 warm-up of {w}", two, "aligned", 0.75, w) for w in (0, 2)]
     for first in tqdm(range(0, flags.clips, 32)):
         video01, asked, paths = scenes(cfg, flags.ground, first, min(32, flags.clips - first), flags.chunks)
         text, prompts = tokenize(asked, cfg.text_length, cfg.text_width), [caption(m) for m in asked]
         chunks = codec.encode(video01).detach().split(cfg.chunk, 1)
-        for name, *how in [("input", cfg, "", 0, 0), *arms]:
+        for name, *how in [("input",), *arms]:
             rngs = [rng_for("v2v", first + i) for i in range(len(text))]
-            shown = codec.decode(made(student, text, chunks, rngs, *how)).detach()
+            latents = made(student, text, chunks, rngs, *how) if how else torch.cat(chunks, 1)
+            shown = codec.decode(latents).detach()
             found.setdefault(name, []).append(judged(shown, prompts, paths))
-            rows += [(f"{name}: {prompts[0]}" if how[1] else name, shown[0])] * (not first)
+            rows += [(f"{name}: {prompts[0]}" if how else name, shown[0])] * (not first)
     found = {name: torch.cat(parts) for name, parts in found.items()}
     print(f"{'strength, way':<22}   jitter, px      off, px         lost       colour   jitter - above")
     for (name, x), above in zip(found.items(), (found["input"], *found.values()), strict=False):
-        print(line(name, x, above))
+        cells = [*x.unbind(1), (x - above)[:, 0]]  # jitter's difference from the arm above
+        print(f"{name:<22}" + "".join(f"{mean(cell):>14}" for cell in cells))
     shown = [row for row in rows if row[0].split(":")[0] in ("input", "0.65 no past", "0.65 aligned")]
     print(contact_sheet(flags.out, shown, every=3))
 

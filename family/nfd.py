@@ -21,7 +21,6 @@ from itertools import cycle, islice, product, takewhile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from config import ROOT, BadInput, Config, cli, from_words, read_cli
@@ -31,54 +30,42 @@ from engine.sheet import contact_sheet
 from model import Cache, ListCache, look, turns_at
 from networks import load_net
 from rollout import Given, denoise_chunk, step_grid, stream
-from world.measure import measure, three_axes
+from world.measure import mean, measure, three_axes
 from world.scene import World
-from world.words import caption, tokenize
-
-WAYS = ("left", "right", "up", "down")
+from world.words import MOTIONS, caption, tokenize
 
 
 class Ahead:
-    """n chunks after what a cache remembers, in one pass: each sees that, itself and those before it. Reads
-    the cache alone. ways: futures of every sample, along the batch."""
+    """n chunks after what a cache remembers, in one pass: each sees that, itself and those before it."""
 
-    def __init__(self, past: Cache, n: int, ways: int = 1):
-        cfg, m, device = past.cfg, past.filled, past.places.device
-        places = torch.arange(m * cfg.chunk_tokens, (m + n) * cfg.chunk_tokens, device=device)
-        chunk = torch.arange(n, device=device).repeat_interleave(cfg.tokens)
-        mask = torch.cat([chunk.new_ones(len(chunk), m * cfg.tokens).bool(), chunk[:, None] >= chunk], dim=1)
-        turns = turns_at(places, *cfg.grid, cfg.dim // cfg.heads)
-        self.past, self.ways, self.chunk = past, ways, n * cfg.chunk
-        self.look = partial(look, turns=turns, mask=mask)
+    def __init__(self, past: Cache, n: int):
+        self.past, self.chunk = past, n * past.cfg.chunk
+        cfg, m, long = past.cfg, past.filled, past.cfg.chunk_tokens
+        turns = turns_at(torch.arange(m * long, (m + n) * long), *cfg.grid, cfg.dim // cfg.heads)
+        chunk = torch.arange(m + n).repeat_interleave(cfg.tokens)
+        self.look = partial(look, turns=turns, mask=chunk[m * cfg.tokens :, None] >= chunk)
 
     def looks(self, both: bool) -> list[partial]:
-        return [partial(self.look, join=partial(self.join, self.past.join(i))) for i in self.past.layers]
-
-    def join(self, join, *own: Tensor) -> list[Tensor]:
-        rows = zip(*(z.chunk(self.ways) for z in own), strict=True)
-        return [torch.cat(z) for z in zip(*(join(*row) for row in rows), strict=True)]
+        return [partial(self.look, join=self.past.join(i)) for i in self.past.layers]
 
 
 @torch.no_grad()
 def play(student, texts, cfg: Config, rngs, actions, n: int, hedge=False):
     """Rounds: the chunks that are kept (b kept*chunk c h w), how many were made. texts: (b l e) an action.
     actions: of every chunk; of a round's chunks the first one's is known, with hedge none."""
-    cache, grid, shape, k = ListCache(student, cfg), step_grid(cfg, 0), (cfg.chunk, *cfg.latent_shape), 0
-    seeds, ways = [int(torch.randint(2**62, (), generator=g)) for g in rngs], len(texts) if hedge else 1
-    every, givens = Given(student, torch.cat(texts)), [Given(student, text) for text in texts]
+    cache, grid, ways, k = ListCache(student, cfg), step_grid(cfg, 0), len(texts) if hedge else 1, 0
+    seeds = ways * [int(torch.randint(2**62, (), generator=g)) for g in rngs]  # futures share their noise
+    every, givens = Given(student, torch.cat(texts)), [Given(student, t.repeat(ways, 1, 1)) for t in texts]
     while k < len(actions):
-        now, made, drawn = actions[k], min(n, len(actions) - k), []
-        for index in range(k, k + made):  # as `stream` draws it
-            draws = [rng_for(seed, index) for seed in seeds]
-            drawn.append([randn(draws, *shape).repeat(ways, 1, 1, 1, 1) for _ in range(1 + len(grid))])
-        _, *noise = (torch.cat(z, 1) for z in zip(*drawn, strict=True))
-        given = every if hedge else givens[now]
-        x, _ = denoise_chunk(given, [Ahead(cache, made, ways)], grid, False, None, *noise)
+        now, made = actions[k], min(n, len(actions) - k)
+        gens = [[rng_for(seed, index) for seed in seeds] for index in range(k, k + made)]  # as `stream` does
+        _, *noise = (torch.cat([randn(g, cfg.chunk, *cfg.latent_shape) for g in gens], 1) for _ in (0, *grid))
+        x, _ = denoise_chunk(every if hedge else givens[now], [Ahead(cache, made)], grid, False, None, *noise)
         kept = len([*takewhile(now.__eq__, actions[k : k + made])])
         x = x.chunk(ways)[now if hedge else 0][:, : kept * cfg.chunk]
-        own = [[z.chunk(kept, 1) for z in pair] for pair in givens[now](x, Ahead(cache, kept), 0.0)[1]]
-        for j in range(kept):
-            cache.commit([(k[j], v[j]) for k, v in own])
+        _, kv = givens[now](x.repeat(ways, 1, 1, 1, 1), Ahead(cache, kept), 0.0)
+        for own in zip(*(zip(k.chunk(kept, 1), v.chunk(kept, 1), strict=True) for k, v in kv), strict=True):
+            cache.commit(own)
         yield x, made
         k += kept
 
@@ -90,16 +77,15 @@ def switching(rng: torch.Generator, p: float, chunks: int) -> list[int]:
 
 
 @torch.no_grad()
-def speed(student, cfg: Config, ahead, rounds: int) -> str:
-    """Median ms a chunk of one stream whose action stays, `rollout.stream` and all n taking turns."""
-    text, took = torch.zeros(1, cfg.text_length, cfg.text_width), {}
-    ways = {f"n = {n}": play(student, [text], cfg, [rng_for(0)], [0] * 999, n) for n in ahead}
-    ways["stream"] = ((x, 1) for x in stream(student, text, cfg, [rng_for(0)]))
-    for name, way in islice(cycle(ways.items()), len(ways) * rounds):
-        begun = time.perf_counter()
-        _, made = next(way)
-        took.setdefault(name, []).append(1000 * (time.perf_counter() - begun) / made)
-    return ", ".join(f"{name}: {torch.tensor(ms[4:]).median():.1f}" for name, ms in took.items())
+def speed(student, cfg: Config, ahead) -> str:
+    """Median ms a chunk of one stream whose action stays, all n and `rollout.stream` taking turns."""
+    text, names = torch.zeros(1, cfg.text_length, cfg.text_width), [*(f"n = {n}" for n in ahead), "stream"]
+    ways = [play(student, [text], cfg, [rng_for(0)], [0] * 999, n) for n in ahead]
+    turns = islice(cycle([*ways, stream(student, text, cfg, [rng_for(0)])]), 40 * len(names))
+    ends = [0.0, *(time.perf_counter() for way in turns for _ in islice(way, 1))]
+    took = 1000 * torch.tensor(ends, dtype=torch.float64).diff().view(40, -1)[4:].median(0).values
+    took /= torch.tensor([*ahead, 1])
+    return ", ".join(f"{name}: {ms:.1f}" for name, ms in zip(names, took, strict=True))
 
 
 @dataclass(frozen=True)
@@ -117,32 +103,30 @@ def main() -> None:
     cfg = from_words(read_header(flags.student)["config"], {"device": "cpu"})
     fits = flags.ahead and flags.change and flags.groups and all(0 <= p <= 1 for p in flags.change)
     if typed or cfg.preset != "tiny" or not (fits and all(1 <= n <= cfg.chunks for n in flags.ahead)):
-        raise BadInput(
-            f"allowed: a tiny student, ahead from 1 to {cfg.chunks}, change from 0 to 1, groups > 0"
-        )
+        raise BadInput(f"allowed: a tiny student, 1 <= ahead <= {cfg.chunks}, 0 <= change <= 1, groups > 0")
     writable_folder(str(flags.out.parent))
-    student, rows, first = load_net(flags.student, cfg, "student"), {}, {}
+    student, rows, found = load_net(flags.student, cfg, "student"), {}, {}
     codec, world = load_net(flags.student.with_name("codec.safetensors"), cfg, "codec"), World(cfg, "test")
     print("   p  n    kept formula       jitter, px    minus first n  motion if p = 0    shape", flush=True)
     for p, n in tqdm([*product(flags.change, flags.ahead)]):
-        found, kept, first = [], [], {} if n == flags.ahead[0] else first
+        got, kept = [], []
         for group in range(flags.groups):
             keys, actions = [("nfd", group, i) for i in range(16)], switching(rng_for("nfd", group), p, 12)
-            asked = [[(m[0], m[1], WAYS[(i + a) % 4], ("slowly", "quickly")[i // 4 % 2], m[4])
+            asked = [[(m[0], m[1], [*MOTIONS][(i + a) % 4], ("slowly", "quickly")[i // 4 % 2], m[4])
                       for i, m in enumerate(world.captions(keys))] for a in range(4)]  # fmt: skip
             texts = [tokenize(m, cfg.text_length, cfg.text_width) for m in asked]
             parts = [*play(student, texts, cfg, [rng_for(*key) for key in keys], actions, n)]
             kept += [x.shape[1] / cfg.chunk for x, made in parts if made == n]
             shown = codec.decode(torch.cat([x for x, _ in parts], 1)[:, -6 * cfg.chunk :]).detach()
-            got = measure(shown, [*map(caption, asked[0])])
-            more = got["jitter"] - first.setdefault(group, got["jitter"])
-            found.append(torch.stack([got["jitter"], more, three_axes(got)["motion"], got["shape"]], 1))
+            seen = measure(shown, [*map(caption, asked[0])])
+            got.append(torch.stack([seen["jitter"], three_axes(seen)["motion"], seen["shape"]]))
             rows.setdefault(f"n = {n}, p = {flags.change[0]:g}", shown[0])
-        x = torch.cat(found)
-        cells = "".join(f"{c.mean():8.2f} ±{1.98 * c.std() / len(x) ** 0.5:.3f}" for c in x.unbind(1))
+        found[p, n] = jitter, motion, shape = torch.cat(got, 1)
+        more = jitter - found[p, flags.ahead[0]][0]
+        cells = "".join(f"{mean(x, 3):>15}" for x in (jitter, more, motion, shape))
         formula = sum((1 - p) ** j for j in range(n))
         tqdm.write(f"{p:5.2f} {n} {sum(kept) / len(kept):7.2f} {formula:7.2f} {cells}")
-    print("ms a chunk,", speed(student, cfg, flags.ahead, 40))
+    print("ms a chunk,", speed(student, cfg, flags.ahead))
     print(contact_sheet(flags.out, rows.items(), every=3))
 
 

@@ -14,8 +14,8 @@ a cut, none without: jitter 1.36 ±.29, kept 1.23 ±.27 px; rms from the input .
 """
 
 import time
+from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, cycle, groupby, islice, repeat
 from pathlib import Path
 
@@ -26,33 +26,27 @@ from tqdm import tqdm
 from config import ROOT, BadInput, cli, from_words, read_cli
 from engine.checkpoint import read_header
 from engine.rng import randn, rng_for
-from model import KV, Cache, ListCache, look
+from model import KV, ListCache
 from networks import load_net
 from rollout import step_grid, stream
-from world.measure import measure
+from world.measure import mean, measure
 from world.scene import World
 from world.words import tokenize
 
 
-class Rows:
-    """Caches of equal fill as one, along the batch: a row of the pass looks at its own."""
-
-    def __init__(self, caches: list[Cache]):
-        self.caches, self.chunk = caches, caches[0].chunk
-
-    def looks(self, both: bool) -> list[partial]:
-        turns = self.caches[0].places[self.caches[0].filled]
-        return [partial(look, turns=turns, join=partial(self.join, i)) for i in self.caches[0].layers]
-
-    def join(self, layer: int, *own: Tensor) -> list[Tensor]:
-        rows = zip(self.caches, *(z.chunk(len(self.caches)) for z in own), strict=True)
-        return [torch.cat(z) for z in zip(*(cache.join(layer)(*row) for cache, *row in rows), strict=True)]
+def side_by_side(caches: list[ListCache]) -> ListCache:
+    """Caches of equal fill as one to read, along the batch: a row of the pass looks at its own."""
+    joined = copy(caches[0])
+    if len(caches) > 1:  # then none is empty
+        joined.keys = [torch.cat(rows) for rows in zip(*(cache.keys for cache in caches), strict=True)]
+        joined.values = [torch.cat(rows) for rows in zip(*(cache.values for cache in caches), strict=True)]
+    return joined
 
 
 def stale_sink(sinks: list[KV], new: KV, tau: float) -> int | None:
     """Which sink is least like the new chunk, if it is less like it than tau: mean over layers and batch."""
     means = [torch.stack([z.mean(1).flatten(1) for pair in kv for z in pair]) for kv in (new, *sinks)]
-    alike = [float(torch.cosine_similarity(means[0], mean, dim=-1).mean()) for mean in means[1:]]
+    alike = [float(torch.cosine_similarity(means[0], sink, dim=-1).mean()) for sink in means[1:]]
     return alike.index(min(alike)) if min(alike, default=tau) < tau else None
 
 
@@ -75,22 +69,20 @@ def batched(student, text, cfg, rngs, over, strength, levels=None, tau=-1.0):
         if z is not None:  # drawn as `stream` does
             draws, level = [rng_for(seed, index) for seed in seeds], next(levels) + torch.zeros(b, 1)
             _, first, *noise = (randn(draws, *z.shape[1:]) for _ in range(1 + steps))
-            rows[0] = [level, z + level[..., None, None, None] * (first - z), *noise]
+            rows[0] = level, z + level[..., None, None, None] * (first - z), noise
         # while windows fill, their lengths differ: rows of one length share a pass
         for _, group in groupby((i for i in range(steps) if rows[i]), lambda i: caches[i].filled):
             group = [*group]
             t, x = (torch.cat([rows[i][part] for i in group]) for part in (0, 1))
             read = student.read_time(t), [(k[: len(t)], v[: len(t)]) for k, v in words]
-            v, kv = student.run(x, t, *read, Rows([caches[i] for i in group]))
-            clean = (x - t[..., None, None, None] * v).split(b)
+            v, kv = student.run(x, t, *read, side_by_side([caches[i] for i in group]))
             kv = [[*zip(k.split(b), v.split(b), strict=True)] for k, v in kv]  # layer by layer, row by row
-            for i, x0, *own in zip(group, clean, *kv, strict=True):
+            for i, x0, *own in zip(group, (x - t[..., None, None, None] * v).split(b), *kv, strict=True):
                 if (stale := stale_sink(caches[i].chunks[: cfg.sink], own, tau)) is not None:
                     caches[i].chunks[stale], replaced = own, replaced + 1
                 caches[i].commit(own)
                 if i < steps - 1:
-                    x = x0.lerp(rows[i][2], grid[i + 1])
-                    rows[i] = [torch.full_like(t[:b], grid[i + 1]), x, *rows[i][3:]]
+                    rows[i] = torch.full((b, 1), grid[i + 1]), x0.lerp(rows[i][2][i], grid[i + 1]), rows[i][2]
                 else:
                     yield x0, replaced
 
@@ -99,51 +91,41 @@ def batched(student, text, cfg, rngs, over, strength, levels=None, tau=-1.0):
 class Flags:
     student: Path = ROOT / "assets/tiny/stream_r1.safetensors"  # its codec lies beside it
     clips: int = 128  # of the test split, and chunks that are timed
-    strength: float = 0.75  # how much of the input turns into noise
 
 
 @torch.no_grad()
 def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
     torch.set_num_threads(1)
-    how, start, n = (
-        {"device": "cpu", "sink_mode": "static", "context": "aligned"},
-        flags.strength,
-        flags.clips,
-    )
-    cfg = from_words(read_header(flags.student)["config"], how)
-    if typed or cfg.preset != "tiny" or not 0 < start <= 1 < n:
-        raise BadInput("allowed: a tiny student, strength above 0 and at most 1, clips above 1")
+    start, n, words = 0.75, flags.clips, read_header(flags.student)["config"]
+    cfg = from_words(words, {"device": "cpu", "sink_mode": "static", "context": "aligned"})
+    if typed or cfg.preset != "tiny" or n < 2:
+        raise BadInput("allowed: a tiny student, clips above 1")
     student = load_net(flags.student, cfg, "student")
     codec = load_net(flags.student.with_name("codec.safetensors"), cfg, "codec")
     drawn = World(cfg, "test").batch([("v2v", i) for i in range(n)], torch.arange(6 * cfg.chunk))
     text = tokenize(drawn.meanings, cfg.text_length, cfg.text_width)  # prompt and input agree
     chunks, frames = (z.split(cfg.chunk, 1) for z in (codec.encode(drawn.video01), drawn.video01))
-    levels = [torch.full((n, 1), start)]
+    levels, last = [], start
     for before, now in zip((frames[0], *frames), frames, strict=False):
-        levels.append(noise_level(torch.cat([before[:, -1:], now], 1), levels[-1], start))
-    ways = {"level by motion": (chunks, levels[1:], -1)}
-    ways["its mean"] = chunks, 6 * [torch.stack(levels[1:]).mean()], -1
+        levels.append(last := noise_level(torch.cat([before[:, -1:], now], 1), last, start))
+    ways = {"level by motion": (chunks, levels), "its mean": (chunks, 6 * [torch.stack(levels).mean()])}
     inputs = {"same scene": chunks, "cut": [*(z.roll(1, 0) for z in chunks[:3]), *chunks[3:]]}
     ways |= {f"{k}, tau {tau}": (z, None, tau) for k, z in inputs.items() for tau in (0.2, 0.9)}
     print("                      jitter, px     from input   sinks replaced; of the last 3 of 6 chunks")
-    for name, (parts, level, tau) in tqdm(ways.items()):
+    for name, (parts, *how) in tqdm(ways.items()):
         rngs = [rng_for("v2v", i) for i in range(n)]
-        made, replaced = zip(*batched(student, text, cfg, rngs, parts, start, level, tau), strict=True)
+        made, replaced = zip(*batched(student, text, cfg, rngs, parts, start, *how), strict=True)
         shown = codec.decode(torch.cat(made[3:], 1))
         off = (shown - torch.cat(frames[3:], 1)).square().mean((1, 2, 3, 4)).sqrt()
-        found = measure(shown, drawn.prompts)["jitter"], off
-        cells = "".join(f"{x.mean():8.3f} ±{1.98 * x.std() / n**0.5:.3f}" for x in found)
-        tqdm.write(f"{name:<20}{cells}   {replaced[-1]}")
-    for strength in (start, 0.95):  # one stream; the ways take turns, chunk by chunk
-        given, over, took = (student, text[:1], cfg), repeat(chunks[0][:1]), []
-        one = stream(*given, [rng_for(0)], over=over, strength=strength)
-        for way in islice(cycle((one, batched(*given, [rng_for(0)], over, strength))), 2 * (n + 8)):
-            begun = time.perf_counter()
-            next(way)
-            took.append(1000 * (time.perf_counter() - begun))
-        one, more = torch.tensor(took[16:]).view(-1, 2).median(0).values.tolist()
-        print(f"strength {strength}: {one:.1f} ms a chunk, batched {more:.1f}, ratio {more / one:.2f}")
+        jitter = measure(shown, drawn.prompts)["jitter"]
+        tqdm.write(f"{name:<20}{mean(jitter, 3):>15}{mean(off, 3):>15}   {replaced[-1]}")
+    given, over = (student, text[:1], cfg, [rng_for(0)]), repeat(chunks[0][:1])
+    for s in (start, 0.95):  # one stream; the ways take turns, chunk by chunk
+        ways = cycle((stream(*given, over=over, strength=s), batched(*given, over, s)))
+        ends = [time.perf_counter() for way in islice(ways, 2 * (n + 8)) for _ in islice(way, 1)]
+        one, more = 1000 * torch.tensor(ends, dtype=torch.float64).diff()[15:].view(-1, 2).median(0).values
+        print(f"strength {s}: {one:.1f} ms a chunk, batched {more:.1f}, ratio {more / one:.2f}")
 
 
 if __name__ == "__main__":

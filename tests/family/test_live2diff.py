@@ -26,35 +26,34 @@ def test_warm_up_looks_both_ways(tiny, model, warm):
 
 def test_a_warm_up_of_one_is_a_chunk_alone(tiny, model):
     """Catches another level, other steps and a mask where there should be none."""
-    cfg, source, text = replace(tiny, denoise=(1.0,)), given(tiny, 1), words(tiny, 2)
-    (x,) = warm_up(model, text, cfg, rngs(2), source, (0.8,))
-    noise = torch.stack([torch.randn(cfg.chunk, *cfg.latent_shape, generator=g) for g in rngs(2)])
+    source, text = given(tiny, 1), words(tiny, 2)
+    (x,) = warm_up(model, text, rngs(2), source, (0.8,))
+    noise = torch.stack([torch.randn(tiny.chunk, *tiny.latent_shape, generator=g) for g in rngs(2)])
     xt = 0.2 * source[0] + 0.8 * noise
     with torch.no_grad():
-        v, _ = model(xt, torch.full((2, cfg.chunk), 0.8), text)
+        v, _ = model(xt, torch.full((2, tiny.chunk), 0.8), text)
     torch.testing.assert_close(x, xt - 0.8 * v, atol=1e-4, rtol=1e-4)
 
 
 def test_ways_to_look_back(tiny, model):
     """Without a past a chunk does not depend on the one before; with one it does, in each way otherwise."""
-    source, text, found = given(tiny, 3), words(tiny, 2), {}
+    source, text, found = given(tiny, 2), words(tiny, 2), {}
     other = [source[0] + 1, *source[1:]]
     for way in live2diff.WAYS:
         x, y = (made(model, text, z, rngs(2), tiny, way, 0.8)[:, tiny.chunk :] for z in (source, other))
         assert torch.equal(x, y) == (way == "no past")
         found[way] = x
     assert all((found["clean"] - found[way]).abs().max() > 1e-4 for way in ("last", "aligned", "no past"))
-    assert torch.equal(made(model, text, source, rngs(2), tiny, "", 0.8), torch.cat(source, 1))
 
 
 def test_centre_and_distance(tiny):
     """True positions, over the edge of the torus too."""
     cfg = live2diff.Config()
-    drawn = World(cfg, "test").batch([("centre", i) for i in range(12)])
+    drawn = World(cfg, "test").batch([("centre", i) for i in range(6)])
     off = (centre(drawn.video01) - drawn.position[:, 0] + 16) % 32 - 16
     assert off.norm(dim=-1).max() < 0.6
     moved = judged(drawn.video01.roll(10, -1), drawn.prompts, drawn.position[:, 0])
-    torch.testing.assert_close(moved[:, 1], torch.full((12,), 10.0), atol=0.6, rtol=0)
+    torch.testing.assert_close(moved[:, 1], torch.full((6,), 10.0), atol=0.6, rtol=0)
     assert moved[:, 2].all() and moved[:, 3].all()
 
 

@@ -25,10 +25,10 @@ def video(*args, **how) -> torch.Tensor:
     return torch.cat([x for x, _ in play(*args, **how)], 1)
 
 
-def test_ahead_equals_chunk_by_chunk(tiny, build):
+def test_ahead_equals_chunk_by_chunk(tiny, model):
     """Catches wrong places, a mask that is off by a chunk, and a pass that writes into the cache."""
     cfg = replace(tiny, window=6)
-    model, text, cache, t = build(cfg), words(cfg, 2), ListCache(build(cfg), cfg), torch.zeros(2, cfg.chunk)
+    text, cache, t = words(cfg, 2), ListCache(model, cfg), torch.zeros(2, cfg.chunk)
     x = torch.randn(2, 3, cfg.chunk, *cfg.latent_shape, generator=rng_for("x"))
     for filled in range(3):
         other = torch.cat([x[:, :2], x[:, 2:] + 1], 1)
@@ -79,16 +79,16 @@ def test_hedge_equals_what_is_known(tiny, model):
 
 def test_kept_as_the_formula_says(tiny, monkeypatch):
     """2,000 rounds; a fake network."""
-    cfg = replace(tiny, denoise=(1.0,))
     monkeypatch.setattr(nfd, "denoise_chunk", lambda given, caches, *a: (a[3], []))
     monkeypatch.setattr(nfd, "Given", lambda *a: lambda *b: (None, []))
     monkeypatch.setattr(nfd, "ListCache", lambda *a: Mock(commit=len))
     monkeypatch.setattr(nfd, "randn", lambda *a: torch.zeros(1, tiny.chunk, 1, 1, 1))
-    monkeypatch.setattr(nfd, "Ahead", lambda *a: None)
+    for name in ("Ahead", "rng_for"):
+        monkeypatch.setattr(nfd, name, lambda *a: None)
     for p, chunks in ((0.0, 90), (0.25, 4800), (1.0, 90)):
         actions = switching(rng_for("kept", int(100 * p)), p, chunks)
-        rounds = play(None, [torch.zeros(1)] * 4, cfg, rngs(1), actions, 3)
-        kept = torch.tensor([x.shape[1] / cfg.chunk for x, made in rounds if made == 3])
+        rounds = play(None, [torch.zeros(1)] * 4, tiny, rngs(1), actions, 3)
+        kept = torch.tensor([x.shape[1] / tiny.chunk for x, made in rounds if made == 3])
         formula, wide = sum((1 - p) ** j for j in range(3)), 3 * kept.std() / len(kept) ** 0.5
         assert len(kept) >= chunks / 3 and (kept.mean() - formula).abs() <= wide + 1e-6
 
