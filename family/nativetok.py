@@ -31,8 +31,7 @@ from networks import load_net
 from world.measure import mean
 from world.scene import World
 
-# beside the frame an expert sees: tokens before it, in stages; the same, at once; them unrounded; nothing
-ARMS = ("native", "at-once", "causal", "flat")
+ARMS = ("native", "at-once", "causal", "flat")  # experts see: codes, made in stages; codes; unrounded; none
 LEVELS, BASE, CODES, TOKENS = torch.tensor([8, 6, 5]), torch.tensor([1, 8, 48]), 240, 8
 
 
