@@ -31,6 +31,7 @@ from engine.checkpoint import read_header, writable_folder
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
 from networks import load_net
+from world.measure import mean
 from world.scene import World
 
 BINS, SIGMA, SIDE = 256, 0.01, 2  # SIDE: cells of a region, each way
@@ -49,9 +50,7 @@ def entropy(x: Tensor) -> Tensor:
 def cut(x: Tensor, chunk: int, side: int) -> Tensor:
     """Pixels or latents (b f c h w) → regions (b k m n side*side chunk c), k chunks of m x n regions."""
     if x.shape[1] % chunk or x.shape[3] % side or x.shape[4] % side:
-        raise BadInput(
-            f"{tuple(x.shape)} has no whole regions; allowed: multiples of {chunk} x {side} x {side}"
-        )
+        raise BadInput(f"{tuple(x.shape)}: no whole regions; allowed: multiples of {chunk} x {side} x {side}")
     return rearrange(x, "b (k r) c (m p) (n q) -> b k m n (p q) r c", r=chunk, p=side, q=side)
 
 
@@ -61,9 +60,8 @@ def gather(x: Tensor, grain: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     cells = cut(x, chunk, SIDE).flatten(-2)  # (b k m n 4 chunk*c)
     count = torch.where(grain.flatten(), SIDE**2, 1)
     index = (count.cumsum(0) - count)[:, None] + torch.arange(SIDE**2) * grain.reshape(-1, 1)
-    tokens = torch.zeros(int(count.sum()), cells.shape[-1]).index_add_(
-        0, index.flatten(), cells.flatten(0, 4)
-    )
+    empty = torch.zeros(int(count.sum()), cells.shape[-1])
+    tokens = empty.index_add_(0, index.flatten(), cells.flatten(0, 4))
     return tokens / index.flatten().bincount()[:, None], index.view(*grain.shape, -1)
 
 
@@ -94,12 +92,6 @@ def threshold(score: Tensor, share: float) -> float:
     ranked = torch.cat([torch.tensor([torch.inf]), ranked, torch.tensor([-torch.inf])])
     k = round(share * score.numel())
     return float((ranked[k] + ranked[k + 1]) / 2)
-
-
-def mean(x: Tensor) -> str:
-    """(n,) → mean ± half a 95 % interval (Student's t, expanded in 1 / degrees of freedom v)."""
-    v = len(x) - 1
-    return f"{x.mean():9.2f} ±{(1.96 + 2.37 / v + 2.82 / v**2) * x.std() / len(x) ** 0.5:.2f}"
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,18 @@ from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
 from model import add_noise, to_x0
 from networks import load_net
+from world.measure import mean
 from world.scene import World
 from world.words import MOTIONS, SPEEDS
 
-SIZE = 32  # pixels a side; the canvas is a torus
-SIGMA, CLEAR, NEAR = 2.0, 14.0, 8.0  # pixels: the mark; objects that are told apart; near an object
+# pixels: a side of the torus; the mark; objects that are told apart; near an object
+SIZE, SIGMA, CLEAR, NEAR = 32, 2.0, 14.0, 8.0
 PLACES = torch.cartesian_prod(*2 * [torch.arange(SIZE) + 0.5]).flip(1).view(SIZE, SIZE, 2)  # (x, y) of pixels
 
 
 def apart(a: Tensor, b: Tensor) -> Tensor:
     """Distance of points (... 2), the shorter way round the torus → (...)."""
-    way = (a - b).abs() % SIZE
-    return torch.minimum(way, SIZE - way).norm(dim=-1)
+    return ((a - b + SIZE / 2) % SIZE - SIZE / 2).norm(dim=-1)
 
 
 def tracer(video01: Tensor, points: Tensor) -> Tensor:
@@ -54,7 +54,6 @@ def tracer(video01: Tensor, points: Tensor) -> Tensor:
     return torch.cat([first.lerp(1 - first, bump), video01[:, 1:]], dim=1)
 
 
-@torch.no_grad()
 def trace(net, decode, x: Tensor, marked: list[Tensor], text, t: float, noises: Tensor, frames) -> Tensor:
     """Latents of the clean clips and of each way of marking them (b f c h w), noises (b k f c h w) → maps
     (marks b frames H W): the change of the predicted RGB, mean over noises. All passes see the same noise."""
@@ -82,25 +81,21 @@ def scene(cfg: Config, clips: int, off: float) -> tuple[Tensor, ...]:
     words = [meaning[4 * i + 2 : 4 * i + 4] for meaning, i in zip(drawn.meanings, own, strict=True)]
     told = [[way * SPEEDS.get(speed, 0) for way in MOTIONS[motion]] for motion, speed in words]
     aside = 2 * torch.stack([torch.rand(2, generator=rng_for(*key, "off")) for key in keys]) - 1
-    far = apart(PLACES.view(-1, 1, 2), paths[:, None, :, 0]).amin(-1)  # (b H*W)
-    points, ground = (paths[:, 0, 0] + off * aside) % SIZE, PLACES.view(-1, 2)[far.argmax(1)]
-    return drawn.video01, paths, points, ground, torch.tensor(told)
+    far = PLACES.view(-1, 2)[apart(PLACES.view(-1, 1, 2), paths[:, None, :, 0]).amin(-1).argmax(1)]
+    return drawn.video01, paths, (paths[:, 0, 0] + off * aside) % SIZE, far, torch.tensor(told)
 
 
 def row(maps: Tensor, frame: int, paths: Tensor, points: Tensor, told: Tensor) -> str:
-    """Maps (2 b H W) in one frame, of the mark and of one on the background → n, then means ± half a 95 %
-    interval (Student's t) over the clips whose objects are clear of each other in frame 0 and in this one."""
+    """Maps (2 b H W) in one frame, of the mark and of one on the background → n, then means over the n clips
+    whose objects are clear of each other in frame 0 and in this one."""
     start, here = paths[:, :, 0], paths[:, :, frame]  # (b objects 2)
     clear = torch.stack([apart(at[:, :1], at[:, 1:]) > CLEAR for at in (start, here)]).all(0).all(1)
     near = apart(PLACES, here[:, :, None, None]) < NEAR  # (b objects H W)
     lit, goal, found = (maps[0, :, None] * near).sum((2, 3)), points + here[:, 0] - start[:, 0], flow(maps[0])
     error, still, said = (apart(x, goal) for x in (found, points, points + frame * told))
-    own, ground = maps.square().sum((2, 3))
-    cells = [(lit[:, :1] >= lit).all(1).float(), lit[:, 0] / lit.sum(1), error, apart(found, here[:, 0])]
-    cells += [error - still, error - said, ground / (own + ground)]
-    v = max(1, (n := int(clear.sum())) - 1)
-    t = (1.96 + 2.37 / v + 2.82 / v**2) / max(n, 1) ** 0.5  # expanded in 1 / degrees of freedom
-    return f"{n:5d}" + "".join(f"{x.mean():9.2f} ±{t * x.std():.2f}" for x in (x[clear] for x in cells))
+    cells = [(lit[:, :1] >= lit).all(1).float(), lit[:, 0] / lit.sum(1), error, apart(found, here[:, 0]),
+             error - still, error - said, (maps[1] ** 2).sum((1, 2)) / (maps**2).sum((0, 2, 3))]  # fmt: skip
+    return f"{int(clear.sum()):5d}" + "".join(f"{mean(x[clear]):>15}" for x in cells)
 
 
 @dataclass(frozen=True)
@@ -114,23 +109,21 @@ class Flags:
     out: Path = Path("out/family/kl_tracing.png")  # the picture
 
 
+@torch.no_grad()
 def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
     cfg = from_words(read_header(flags.nets / "teacher.safetensors")["config"], {"device": "cpu"})
-    frames, levels = list(flags.frames), flags.levels
+    frames, levels, fits = list(flags.frames), flags.levels, cfg.height == cfg.width == SIZE and not cfg.data
     inside = frames and levels and all(0 < x < 1 for x in (*levels, *(k / cfg.frames for k in frames)))
-    fits = not typed and not cfg.data and cfg.height == cfg.width == SIZE
-    if not (fits and inside and flags.noises and flags.clips > 1):
+    if typed or not (fits and inside and flags.noises and flags.clips > 1):
         raise BadInput(f"allowed: {SIZE}-pixel nets, 0 < levels < 1, 0 < frames < {cfg.frames}, clips > 1")
     writable_folder(str(flags.out.parent))
     teacher, codec = (load_net(flags.nets / f"{k}.safetensors", cfg, k) for k in ("teacher", "codec"))
     video01, paths, points, ground, told = scene(cfg, flags.clips, flags.off)
-    rngs = [rng_for("tracing", i, "noise") for i in range(flags.clips)]
-    noises = randn(rngs, flags.noises, cfg.frames, *cfg.latent_shape)
     text, spots = torch.zeros(flags.clips, cfg.text_length, cfg.text_width), tracer(video01, points)
-    with torch.no_grad():
-        x, *marked = (codec.encode(clips) for clips in (video01, spots, tracer(video01, ground)))
+    x, *marked = (codec.encode(clips) for clips in (video01, spots, tracer(video01, ground)))
+    noises = randn([rng_for("tracing", i, "noise") for i in range(flags.clips)], flags.noises, *x.shape[1:])
     heads = "own object,its share,px to point,to centre,- standing,- by prompt,background".split(",")
     print("    t frame    n" + "".join(f"{head:>15}" for head in heads))
     for t in tqdm(levels):

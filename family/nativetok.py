@@ -1,7 +1,6 @@
 """NativeTok: a tokenizer with an order (https://arxiv.org/abs/2601.22837), 2026.
 
-Claim: common tokenizers make tokens without an order, and a generator then learns an order that is not there;
-tokens that are made one after another, each from those before it, are easier to generate.
+Claim: tokens made one after another, each from those before it, are easier to generate than unordered ones.
 
     X = MIT(image)                            what all experts look at, made once
     z_i = VQ(T_i([X; z_1 ... z_{i-1}; mask])) expert i makes token i; image' = decoder(z_1 ... z_L)
@@ -10,10 +9,12 @@ tokens that are made one after another, each from those before it, are easier to
 
 simplified: latents of single frames; MLPs, which see a frame or tokens as one vector, and a GRU as the prior.
 differs: FSQ (8·6·5 = 240 codes), not a learned codebook: no code dies and no loss asks for commitment.
-seen here: no advantage. python -m family.nativetok, 3 seeds, 2,048 held-out frames: native 48.3 ± 1.8 bits at
-    21.07 dB; minus native: at once +1.6 ± 1.4 bits and +.22 ± .06 dB, causal -.2 ± 2.8 and +.22 ± .09,
-    flat +1.2 ± 3.0 and +.21 ± .09. In all arms later tokens cost less, and frames lose their shapes.
+seen here: no advantage. python -m family.nativetok, 3 seeds, 2,048 held-out frames: native 48.3 ±1.8 bits at
+    21.07 dB; minus native: at once +1.6 ±1.4 bits and +.22 ±.06 dB, causal -.2 ±2.8 and +.22 ±.09,
+    flat +1.2 ±3.0 and +.21 ±.09. In all arms later tokens cost less, and frames lose their shapes.
 """
+
+from engine import openmp  # isort: skip  (before torch loads)
 
 from dataclasses import dataclass, replace
 
@@ -27,21 +28,17 @@ from engine.checkpoint import writable_folder
 from engine.rng import rng_for
 from engine.sheet import contact_sheet
 from networks import load_net
+from world.measure import mean
 from world.scene import World
 
-# beside the frame an expert sees: tokens before it, in stages; the same, at once; them unrounded; nothing
-ARMS = ("native", "at-once", "causal", "flat")
-LEVELS, BASE, CODES = torch.tensor([8, 6, 5]), torch.tensor([1, 8, 48]), 240
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # Student's t for 2, 3, ... seeds
+ARMS = ("native", "at-once", "causal", "flat")  # experts see: codes, made in stages; codes; unrounded; none
+LEVELS, BASE, CODES, TOKENS = torch.tensor([8, 6, 5]), torch.tensor([1, 8, 48]), 240, 8
 
 
 @dataclass(frozen=True)
 class Flags:
-    tokens: int = 8  # of a frame, L
-    frames: int = 8192  # to learn from; 2048 more are measured
-    steps: int = 600  # updates of each tokenizer and of its prior, of 256 frames
+    steps: int = 600  # updates of each tokenizer and of its prior, of 256 of 8192 frames
     seeds: int = 3  # tokenizers an arm
-    arms: tuple[str, ...] = ARMS  # some of native, at-once, causal, flat
     out: str = "out/family"  # folder of the picture
 
 
@@ -105,44 +102,38 @@ def train_tokenizer(net: Tokenizer, x: Tensor, steps: int, what: str) -> None:
     new = [*net.experts[few:].parameters(), *net.decoder.parameters()]
     native = (few, how(), steps // 2), (every, new, steps // 4), (every, how(), steps // 4)
     for upto, parameters, share in native if net.arm == "native" else [(every, how(), steps)]:
-        loss_of = lambda batch, upto=upto: F.mse_loss(net(batch, upto)[0], batch)  # noqa: E731
-        descend(parameters, x, loss_of, share, f"{what}, {upto} tokens")
+        descend(parameters, x, lambda z, n=upto: F.mse_loss(net(z, n)[0], z), share, f"{what}, {upto} tokens")
 
 
-def measure(arm: str, seed: int, learn: Tensor, test: Tensor, codec, truth: Tensor, flags: Flags) -> tuple:
+def measure(arm: str, seed: int, learn: Tensor, test: Tensor, codec, truth: Tensor, steps: int) -> tuple:
     """→ bits of each token, their sum and PSNR (L+2,), on frames (m 1 3 32 32) held out; and those frames."""
     torch.manual_seed(seed)
-    net, prior, what = Tokenizer(arm, flags.tokens), Prior(), f"{arm}, seed {seed}"
-    train_tokenizer(net, learn, flags.steps, what)
-    numbers, loss_of = net(learn, flags.tokens)[2], lambda batch: prior(batch).mean()
-    descend(prior.parameters(), numbers, loss_of, flags.steps, f"{what}, prior")
-    with torch.no_grad():
-        x, _, new = net(test, flags.tokens)
-        bits, shown = prior(new).mean(0), codec.decode(x.view(-1, 1, 12, 4, 4))
-        return torch.stack([*bits, bits.sum(), -10 * F.mse_loss(shown, truth).log10()]), shown
+    net, prior, what = Tokenizer(arm, TOKENS), Prior(), f"{arm}, seed {seed}"
+    train_tokenizer(net, learn, steps, what)
+    x, _, new = net.requires_grad_(False)(test, TOKENS)
+    descend(prior.parameters(), net(learn, TOKENS)[2], lambda z: prior(z).mean(), steps, f"{what}, prior")
+    bits, shown = prior.requires_grad_(False)(new).mean(0), codec.decode(x.view(-1, 1, 12, 4, 4))
+    return torch.stack([*bits, bits.sum(), -10 * F.mse_loss(shown, truth).log10()]), shown
 
 
 def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
-    n, arms, fine = flags.seeds, flags.arms, flags.tokens > 1 and flags.frames > 255 and flags.steps > 3
-    if typed or not (arms and {*arms} <= {*ARMS} and 2 <= n <= 8 and fine):
-        allowed = f"tokens from 2, frames from 256, steps from 4, seeds 2 to 8, arms of {', '.join(ARMS)}"
-        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
+    openmp.use_threads(typed.pop("threads", 0))
+    if typed or flags.steps < 4 or flags.seeds < 2:
+        raise BadInput(f"{typed or flags}; allowed: steps from 4, seeds from 2")
     out, cfg = writable_folder(flags.out) / "nativetok.png", replace(PRESETS["tiny"], device="cpu")
     codec, sets = load_net(ROOT / "assets/tiny/codec.safetensors", cfg, "codec").requires_grad_(False), []
-    for split, count in (("train", flags.frames), ("test", 2048)):
+    for split, count in (("train", 8192), ("test", 2048)):
         truth = World(cfg, split).batch([("nativetok", i) for i in range(count)], torch.tensor([0])).video01
-        sets.append(torch.cat([codec.encode(part).flatten(1) for part in truth.split(64)]))
-    rows, first = [("held-out frames", truth[:12, 0])], None
-    print("bits a frame, PSNR in dB, both minus the first arm's; ± 95 % over seeds; then bits of each token")
-    for arm in arms:
-        found, shown = zip(*(measure(arm, i, *sets, codec, truth, flags) for i in range(n)), strict=True)
-        first, found = first if rows[1:] else torch.stack(found), torch.stack(found)  # (seeds L+2)
-        table = torch.cat([found[:, -2:], (found - first)[:, -2:]], dim=1)
-        cells = [f"{x.mean():6.2f} ± {T95[n - 2] * x.std() / n**0.5:.2f}" for x in table.T]
-        *tokens, bits, quality = found.mean(0)
-        print(f"{arm:<8}", *cells, *(f"{x:.2f}" for x in tokens), sep="  ", flush=True)
-        rows.append((f"{arm}: {bits:.1f} bits, {quality:.1f} dB", shown[0][:12, 0]))
+        sets.append(codec.encode(truth).flatten(1))
+    rows, found = [("held-out frames", truth[:12, 0])], {}
+    print("bits a frame, PSNR in dB, both minus native's; ± 95 % over seeds; then bits of each token")
+    for arm in ARMS:
+        made = [measure(arm, i, *sets, codec, truth, flags.steps) for i in range(flags.seeds)]
+        found[arm] = torch.stack([numbers for numbers, _ in made]).T  # (L+2 seeds)
+        cells = [f"{mean(x):>12}" for x in (*found[arm][-2:], *(found[arm] - found["native"])[-2:])]
+        print(f"{arm:<8}", *cells, *(f"{x:.2f}" for x in found[arm][:-2].mean(1)), sep="  ", flush=True)
+        rows.append((f"{arm}: {cells[0]} bits, {cells[1]} dB", made[0][1][:12, 0]))
     print(contact_sheet(out, rows))
 
 

@@ -10,7 +10,7 @@ from engine.rng import rng_for
 from family import nativetok
 from family.nativetok import ARMS, BASE, CODES, LEVELS, Prior, Tokenizer, descend, quantise, train_tokenizer
 
-BAD = "--tokens=1 --tokens=-1 --arms=natives --seeds=9 --frames=9 --steps=3"
+BAD = "--seeds=1 --steps=3 --seed=1"
 X = torch.randn(64, 192, generator=rng_for("latents"))
 
 
