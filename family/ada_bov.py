@@ -127,15 +127,12 @@ def main() -> None:
     if what != "tiny" or typed or not (flags.steps and flags.tokens):
         raise BadInput(f"{what} {typed or flags} is not possible; allowed: tiny and what --help says")
     rows, table = [], torch.zeros(len(ARMS), SEEDS, 5)
-    print(
-        f"of clip {LONG}: looks, motion, text, jitter, drift of contrast (minus the first line's)", flush=True
-    )
+    print(f"of clip {LONG}: looks, motion, text, jitter, drift of contrast (minus the first line's)")
     for row, arm in zip(table, ARMS, strict=True):
         for seed in range(SEEDS):
             run = student(arm, seed, flags)
-            (first, prompts), (last, _) = (
-                imagine(run, run.ema, CLIPS, run.cfg.chunks * k) for k in (1, LONG)
-            )
+            first, prompts = imagine(run, run.ema, CLIPS, run.cfg.chunks)
+            last, _ = imagine(run, run.ema, CLIPS, run.cfg.chunks * LONG)
             found, both = measure(last, prompts), measure(torch.cat([first, last], 1), prompts)
             found = [*three_axes(found).values(), found["jitter"], both["contrast"].abs()]
             row[seed] = torch.stack([x.nanmean() for x in found])

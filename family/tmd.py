@@ -57,9 +57,7 @@ class FlowHead(Head):
         """m (b n d), e (b f d), z (b n k), s (b n) or (1 1) → x̂ (b n k), chunk by chunk."""
         x = (m + self.see(z)).unflatten(1, (-1, self.tokens)) + self.place
         x = self.block(x.flatten(0, 1)).view_as(m)
-        gates = 10 * self.gate(
-            sinusoid(s / 20, self.freqs)
-        )  # ten times: they begin at zero and have to hurry
+        gates = 10 * self.gate(sinusoid(s / 20, self.freqs))  # ten times: they begin at zero
         return super().forward(m + gates[..., : m.shape[-1]] * x, e) + gates[..., m.shape[-1] :] * z
 
     def forward(self, m: Tensor, e: Tensor) -> Tensor:
