@@ -107,7 +107,7 @@ def main() -> None:
     text = tokenize(drawn.meanings, cfg.text_length, cfg.text_width)  # prompt and input agree
     chunks, frames = (z.split(cfg.chunk, 1) for z in (codec.encode(drawn.video01), drawn.video01))
     levels, last = [], start
-    for before, now in zip((frames[0], *frames), frames, strict=False):
+    for before, now in zip((frames[0][:, :1], *frames), frames, strict=False):
         levels.append(last := noise_level(torch.cat([before[:, -1:], now], 1), last, start))
     ways = {"level by motion": (chunks, levels), "its mean": (chunks, 6 * [torch.stack(levels).mean()])}
     inputs = {"same scene": chunks, "cut": [*(z.roll(1, 0) for z in chunks[:3]), *chunks[3:]]}

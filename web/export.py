@@ -45,7 +45,7 @@ class Seen:
     """A cache for one pass: what is remembered is given, nothing is kept."""
 
     def __init__(self, cfg: Config, looks: list):
-        self.cfg, self.looks = cfg, lambda both: looks
+        self.chunk, self.looks = cfg.chunk, lambda both: looks
 
 
 class Pass(nn.Module):
