@@ -27,13 +27,13 @@ from model import KV, ListCache, VideoDiT, guided_x0, shift_time
 _TAPER = {5: (1.0, 0.75, 0.5, 0.25, 0.1), 4: (1.0, 0.75, 0.5, 0.1), 3: (1.0, 0.75, 0.1), 2: (1.0, 0.1)}
 
 
-def step_grid(cfg: Config, chunk: int) -> tuple[float, ...]:
-    """Noise levels at which chunk number `chunk` is denoised, falling from 1, warped by cfg.shift.
+def step_grid(cfg: Config, chunk: int, start: float = 1.0) -> tuple[float, ...]:
+    """Noise levels at which chunk number `chunk` is denoised, falling from `start`, warped by cfg.shift.
 
     uniform: the same for every chunk. 5432 and 432: that many steps for the first chunks, 2 for the rest.
     """
     grid = cfg.denoise if cfg.taper == "uniform" else _TAPER[max(int(cfg.taper[0]) - chunk, 2)]
-    return tuple(shift_time(u, cfg.shift) for u in grid)
+    return start, *(t for t in (shift_time(u, cfg.shift) for u in grid) if t < start)
 
 
 def exit_step(cfg: Config, *key: int | str) -> int:
@@ -146,12 +146,11 @@ def stream(student, text, cfg, rngs, *, past=(), over=None, strength=1.0, cache=
     caches += [copy.deepcopy(caches[0]) for _ in cfg.denoise[1:] if cfg.context == "aligned"]  # one a step
     first = list(past[: cfg.sink])
     recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
-    _rebuild(given, [*first, *recent], caches, cfg, step_grid(cfg, 1), seeds)
+    start = 1.0 if over is None else strength
+    _rebuild(given, [*first, *recent], caches, cfg, step_grid(cfg, 1, start), seeds)
     behind = None  # what there is to remember of the chunk before
-    for index, source in enumerate(over or repeat(None)):
-        grid = step_grid(cfg, index)
-        if source is not None:
-            grid = strength, *(level for level in grid if level < strength)
+    for index, source in enumerate(repeat(None) if over is None else over):
+        grid = step_grid(cfg, index, start)
         steps = grid if exit is None else grid[: exit + 1]
         grad = grad_from is not None and index >= grad_from
         own = [rng_for(s, len(past) + index) for s in seeds]

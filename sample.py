@@ -46,7 +46,7 @@ from world.words import left_open, tokenize, understand
 @dataclass(frozen=True)
 class Flags:
     prompt: list[str] = field(default_factory=lambda: ["a red circle moving left slowly"])  # may be repeated
-    frames: int = 64  # of the video, any number
+    frames: int = 0  # of the video, any number; 0: 64, or all of --video
     seed: int = 0  # another one gives another video
     steps: int = 0  # denoising steps per chunk; 0: as trained
     out: str = "out/sample.mp4"  # or .gif or .webp; a contact sheet lies beside it
@@ -66,13 +66,11 @@ def main() -> None:
     if flags.video and (flags.init or flags.wan) or not 0 < flags.strength <= 1:
         what = f"--video={flags.video} --strength={flags.strength} is not possible"
         raise BadInput(f"{what}; allowed: --video without --init and --wan, strength above 0 and at most 1")
-    if flags.frames < 1:
-        raise BadInput(f"frames={flags.frames} is not possible; allowed: 1 or more")
     cfg, student, codec, read = open_networks(preset, typed, flags)
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # one alone is as fast there, and no burden
     past = start_from(flags.init, codec.to(cfg.device), cfg)
-    over, length = arriving(flags.video, codec, cfg) if flags.video else (None, flags.frames)
-    flags = replace(flags, frames=min(flags.frames, length))
+    over, most = arriving(flags.video, codec, cfg) if flags.video else (None, flags.frames or 64)
+    flags = replace(flags, frames=min(flags.frames or most, most))
     plan = schedule(flags, cfg, len(past))
     texts = {chunk: read(prompt).to(cfg.device) for prompt, _, chunk in plan}
     del read  # and with it a text encoder that is larger than all else
@@ -102,7 +100,7 @@ def main() -> None:
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
     sheet = [(caption, torch.stack([kept[i] for i in shown])) for caption, shown in rows.items()]
     shown = contact_sheet(out.with_suffix(".png"), sheet, scale=zoom // 2 or 1)
-    report(made, cfg, f"{out} and {shown}", bool(flags.video))
+    report(made, cfg, f"{out} and {shown}", flags)
 
 
 @torch.inference_mode()
@@ -114,7 +112,7 @@ def decoded(
     decode, rngs, waiting = codec.stream(), [rng_for(seed, "sample", 0)], []
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
     made = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call, over=over, strength=strength)
-    side = torch.cuda.Stream() if cfg.device == "cuda" else None
+    side = torch.cuda.Stream() if cfg.device == "cuda" and over is None else None  # over: without delay
     for i, x in enumerate(chain(past, islice(made, chunks), [None] * bool(side))):
         if x is not None:
             waiting.append(_copied(decode, x, side))
@@ -186,7 +184,7 @@ def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]
         if not (found and frame in starts and last < frame < flags.frames if i else frame == last):
             where = ", ".join(str(cfg.pixels(k)) for k in (1, 2, 3))
             allowed = f"the first has no @FRAME, the others end in one, where a chunk begins ({where}, ...)"
-            between = f"after {last} and before --frames={flags.frames}"
+            between = f"after {last} and before frame {flags.frames}, the end"
             raise BadInput(f"--prompt {typed[:200]!r} is not possible; allowed: {allowed} {between}")
         last = frame
         plan.append((prompt, last, starts[last] - given))
@@ -225,19 +223,20 @@ def arriving(path: str, codec: Codec, cfg: Config) -> tuple[Iterator[Tensor], in
     return (codec.encode(x[None].to(cfg.device).float() / 255) for x in parts), chunks * cfg.chunk
 
 
-def report(made: list[tuple[float, int]], cfg: Config, files: str, live: bool) -> None:
+def report(made: list[tuple[float, int]], cfg: Config, files: str, flags: Flags) -> None:
     """`made`: of every chunk the seconds that it took, and its frames."""
     if not made:
         print(f"{files}: only the given frames were asked for")
         return
     seconds, counts = zip(*made, strict=True)
     p50, p99 = (1000 * torch.tensor(seconds[1:] or seconds).quantile(q) for q in (0.5, 0.99))
-    found, frames = played(seconds, counts, cfg.fps, live), cfg.chunk * cfg.time_stride
+    found, frames = played(seconds, counts, cfg.fps, bool(flags.video)), cfg.chunk * cfg.time_stride
     print(f"first frame after {1e3 * found['first']:.0f} ms; {1e3 * frames / p50:.0f} frames/s")
     print(
         f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({cfg.device})"
     )
-    fit = steps_in_time(len(step_grid(cfg, cfg.chunks)), seconds[1:] or seconds, frames / cfg.fps)
+    grid = step_grid(cfg, cfg.chunks, flags.strength if flags.video else 1.0)
+    fit = steps_in_time(len(grid), seconds[1:] or seconds, frames / cfg.fps, cfg.context)
     print(in_words(found, sum(counts), cfg.fps), f"{fit} steps would be in time", sep="; ")
     print(files)
 

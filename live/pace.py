@@ -48,11 +48,11 @@ def in_words(found: dict, frames: int, rate: float) -> str:
     return f"played at {rate:g} frames/s: {found['late']} of {frames} frames late, {jitter}"
 
 
-def steps_in_time(steps: int, seconds: Sequence[float], period: float) -> int:
+def steps_in_time(steps: int, seconds: Sequence[float], period: float, context: str) -> int:
     """The most steps with which 95 of 100 chunks are ready within `period`, from what chunks of `steps` took;
-    a chunk costs its steps and a pass for the cache."""
-    slow = torch.as_tensor(seconds, dtype=torch.float64).quantile(0.95)
-    return max(int(period * (steps + 1) / slow) - 1, 0)
+    a chunk costs its steps and, clean or noisy, a pass for the cache."""
+    extra, slow = context in ("clean", "noisy"), torch.as_tensor(seconds, dtype=torch.float64).quantile(0.95)
+    return max(int(period * (steps + extra) / slow) - extra, 0)
 
 
 def fitting_steps(steps: int, most: int, took: Sequence[float], period: float) -> int:

@@ -27,9 +27,10 @@ _REWARD = "video01 = run.codec.decode(x.nan_to_num()).float()  # a broken"
 SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
     "healthy": ("", ()),
     "kv_grad": ("test_rollout.py -k no_gradient_leaks", (
+        ("rollout.py", "@torch.no_grad()\ndef remember_chunk", "def remember_chunk"),
         ("rollout.py", "return caches[0].commit(given(noised(x0, noise, level), caches[0], level)[1])",
          "fresh = chain(*given(noised(x0, noise, level), caches[0], level)[1])\n"
-         "        last = [new + (old - old.detach()) for new, old in zip(fresh, last, strict=True)]"),
+         "        last = [new.detach() + (old - old.detach()) for new, old in zip(fresh, last)]"),
         ("rollout.py", "if behind and (behind[1] is None or", "if behind and (True or"),
         ("model.py", "append((k.detach(), v.detach()))", "append((k, v))"),
     )),

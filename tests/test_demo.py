@@ -367,8 +367,17 @@ def test_frames_that_come_live():
 
 def test_steps_in_time():
     """Four steps and the pass for the cache in .1 s: .02 s a pass. Catches the last pass left out, means."""
-    assert [pace.steps_in_time(4, [0.1] * 50, period) for period in (0.03, 0.041, 0.1, 0.25)] == [0, 1, 4, 11]
-    assert pace.steps_in_time(4, [0.1] * 80 + [0.2] * 20, 0.1) == 1
+    assert [pace.steps_in_time(4, [0.1] * 50, period, "clean") for period in (0.03, 0.041, 0.1, 0.25)] == [
+        0,
+        1,
+        4,
+        11,
+    ]
+    assert pace.steps_in_time(4, [0.1] * 80 + [0.2] * 20, 0.1, "noisy") == 1
+    assert (
+        pace.steps_in_time(4, [0.1] * 50, 0.1001, "none") == 4
+        and pace.steps_in_time(2, [0.1], 1.0, "aligned") == 20
+    )
 
 
 def test_steps_fall_while_the_machine_is_slow_and_come_back():

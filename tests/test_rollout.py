@@ -299,6 +299,18 @@ def test_a_chunk_starts_from_its_source(tiny, model):
     assert torch.equal(a[0], b[0]) and (a[1] - b[1]).abs().max() > 1e-2 and (a[2] - b[2]).abs().max() > 1e-3
 
 
+def test_a_past_before_a_source(tiny, model):
+    """Catches given chunks that are remembered at other levels than those of the steps that look back at
+    them; and a source without a chunk, which is a stream without one."""
+    cfg, spy = replace(tiny, context="aligned"), Spy(model)
+    with torch.no_grad():
+        how = {"past": given(cfg, 2), "over": given(cfg, 1), "strength": 0.8}
+        list(stream(spy, words(cfg, 2), cfg, rngs(2), **how))
+    grid = [round(t, 6) for t in step_grid(cfg, 0, 0.8)]
+    assert spy.levels() == [*(t for t in grid for _ in range(2)), *grid]
+    assert not list(stream(spy, words(cfg, 2), cfg, rngs(2), over=[]))
+
+
 @pytest.mark.parametrize("sink", SINKS)
 @pytest.mark.parametrize("kind", [ListCache, RingCache])
 def test_every_step_remembers_its_own_keys(tiny, build, kind, sink):

@@ -62,6 +62,8 @@ def test_video_to_video(call, capsys):
     assert np.array_equal(over[1], plain) and over[0.5].shape == plain.shape
     assert not np.array_equal(over[0.5], plain)
     assert len(frames_of(call(*prompt, f"--video={clip}", "--frames=4", "--context=aligned"))) == 4
+    long = call("--frames=69", out="long.mp4")
+    assert len(frames_of(call(*prompt, f"--video={long}", "--strength=.1", out="all.webp"))) == 68
 
 
 @pytest.mark.parametrize("words, said", [
@@ -127,7 +129,7 @@ BAD = {
         ["--prompt", "a red ring", "--prompt", "a blue ring@3"],
         "where a chunk begins (4, 8, 12, ...)",
     ),
-    "switch too late": (["--prompt", "a red ring", "--prompt", "a blue ring@64"], "before --frames=64"),
+    "switch too late": (["--prompt", "a red ring", "--prompt", "a blue ring@64"], "before frame 64"),
     "switch twice": (["--prompt", "a red ring", *["--prompt", "a blue ring@8"] * 2], "after 8"),
     "ending": (["--out=clip.avi"], ".mp4"),
     "folder": (["--out=/proc/none/clip.mp4"], "cannot be written"),

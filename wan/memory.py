@@ -125,10 +125,11 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
 
 def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
     """A rollout (b f c h w) of which every pass carries gradient; those before it leave nothing behind."""
-    given, caches, parts = Given(student, text), [ListCache(student, cfg)], []
+    given, parts = Given(student, text), []
+    caches = [ListCache(student, cfg) for _ in (cfg.denoise if cfg.context == "aligned" else "1")]
     for k in range(cfg.chunks):
-        noise, grid = torch.zeros(len(text), cfg.chunk, *cfg.latent_shape), step_grid(cfg, k)[-1:]
-        x0, kv = denoise_chunk(given, caches, grid, True, None, noise)
+        noise, grid = torch.zeros(len(text), cfg.chunk, *cfg.latent_shape), step_grid(cfg, k)[-len(caches) :]
+        x0, kv = denoise_chunk(given, caches, grid, True, None, *[noise] * len(grid))
         remember_chunk(given, caches, context_level(cfg, grid, True), x0.detach(), noise, *chain(*kv))
         parts.append(x0)
     return torch.cat(parts, 1)
