@@ -341,7 +341,7 @@ def test_an_at_sign_in_a_prompt():
     cfg = build("tiny", {})
 
     def plan(*prompts):
-        return [(p, f) for p, f, _ in sample.schedule(sample.Flags(prompt=list(prompts)), cfg, 0)]
+        return [(p, f) for p, f, _ in sample.schedule(sample.Flags(prompt=list(prompts), frames=64), cfg, 0)]
 
     assert plan("mail me@home", "a sign, @ work@8") == [("mail me@home", 0), ("a sign, @ work", 8)]
     assert plan("route @66@0") == [("route @66", 0)]
