@@ -251,7 +251,7 @@ def prompts(nets: Path, rng, count: int = 500) -> list[str]:
     cfg, _, _, read = sample.open_networks("tiny", {"device": "cpu"}, flags)
 
     def look(typed: list[str]) -> None:
-        for prompt, *_ in sample.schedule(sample.Flags(prompt=typed), cfg, 0):
+        for prompt, *_ in sample.schedule(sample.Flags(prompt=typed, frames=64), cfg, 0):
             read(prompt)
 
     for _ in range(count):
