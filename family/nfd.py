@@ -10,8 +10,8 @@ Claim: actions mostly stay, so make n chunks at once and discard those whose act
 simplified: the action is the word for the direction; chunks of 4 frames, not frames; no training of its own.
 differs: the clean pass is one of its own; `rollout.stream` lets it ride with the next chunk's first one.
 seen here: (python -m family.nfd, 128 clips) p = 0: jitter 1.12 ±.10, 1.53 ±.15, 2.49 ±.26, 3.09 ±.28 px for
-n = 1 to 4, motion .85, .83, .80, .78 ±.01; p = .25, n = 4: +1.18 ±.28 px. Time a chunk: .57, .46, .34 of
-n = 1's, which takes 1.35 times as long as `stream`. Kept of 4, p = .25: 2.14 in 8 short streams.
+n = 1 to 4, motion .85, .83, .80, .78 ±.01; p = .25, n = 4: +1.18 ±.28 px. Time a chunk: .57, .43, .35 of
+n = 1's, which takes 1.2 times as long as `stream`. Kept of 4, p = .25: 2.14 in 8 short streams.
 """
 
 import time

@@ -8,7 +8,7 @@ Claim: chunks in flight share a pass; noise follows the motion; sinks that no lo
 
 simplified: one decision about a sink for all layers and samples, on keys before RoPE. One device.
 differs: the network is told the level that there is, in released code .1 less.
-seen here: (python -m family.streamv2v, n = 128) batched / sequential time .69 (2 steps), .50 (4), busy.
+seen here: (python -m family.streamv2v, n = 128) batched / sequential time .69 (2 steps), .47 (4).
 Level by motion against its mean: jitter .57 ±.06, .58 ±.06 px: no gain. τ = .2 replaces no sink; .9 one after
 a cut, none without: jitter 1.36 ±.29, kept 1.23 ±.27 px; rms from the input .088 ±.009, kept .092 ±.011.
 """
