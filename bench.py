@@ -94,7 +94,8 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     if codec is not None:
         row |= spread("decoded", torch.tensor(seconds_of(parts, cfg, flags.chunks, codec.decode)), frames)
     even = played(seconds.tolist(), [frames] * flags.chunks, flags.fps)
-    row["steps in time"] = steps_in_time(len(step_grid(cfg, 9)), seconds, frames / flags.fps, cfg.context)
+    steps = len(step_grid(cfg, cfg.chunks))
+    row["steps in time"] = steps_in_time(steps, seconds, frames / flags.fps, cfg.context)
     row |= {"late %": 100 * even["late"] / (frames * flags.chunks), "jitter ms p99": 1e3 * even["p99"]}
     row["TFLOP/s"] = flops / float(seconds.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak

@@ -104,11 +104,11 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def decoded(
-    student, codec, texts, cfg, seed: int, past=(), call=directly, chunks=None, over=None, strength=1.0
-):
-    """Frames as bytes (F 3 H W) on the CPU: the given chunks, then `chunks` new ones, or None: for ever. With
-    CUDA a chunk but for the first is decoded, copied and handed out while the next one is denoised."""
+def decoded(student, codec, texts, cfg, seed: int, past=(), call=directly, chunks=None, over=None,
+            strength=1.0) -> Iterator[Tensor]:  # fmt: skip
+    """Frames as bytes (F 3 H W) on the CPU: the given chunks, then `chunks` new ones, or None: for ever.
+    over, strength: as in `stream`. With CUDA, but not with `over`, a chunk after the first is decoded, copied
+    and handed out while the next one is denoised."""
     decode, rngs, waiting = codec.stream(), [rng_for(seed, "sample", 0)], []
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
     made = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call, over=over, strength=strength)
@@ -237,7 +237,7 @@ def report(made: list[tuple[float, int]], cfg: Config, files: str, flags: Flags)
     )
     grid = step_grid(cfg, cfg.chunks, flags.strength if flags.video else 1.0)
     fit = steps_in_time(len(grid), seconds[1:] or seconds, frames / cfg.fps, cfg.context)
-    print(in_words(found, sum(counts), cfg.fps), f"{fit} steps would be in time", sep="; ")
+    print(in_words(found, sum(counts), cfg.fps), f"up to {fit} steps a chunk would keep up", sep="; ")
     print(files)
 
 

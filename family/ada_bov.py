@@ -38,14 +38,14 @@ from engine.sheet import contact_sheet
 from model import ListCache, VideoDiT
 from rollout import stream
 from run import Run, imagine, prepare
-from world.measure import measure, three_axes
+from world.measure import mean, measure, three_axes
 
 # what stands before the newest chunk and the one in hand: fields of Config, tokens, whether W learns
 _NO_SINK = dict(window=2, sink=0, sink_mode="none")
 ARMS = {"nothing": (_NO_SINK, False, False), "static sink": (dict(sink_mode="static"), False, False),
         "EMA sink": ({}, False, False), "fixed tokens": (_NO_SINK, True, False),
         "ada-BOV": (_NO_SINK, True, True)}  # fmt: skip
-SEEDS, T95, CLIPS, LONG = 3, 4.303, 64, 4  # LONG: clips in a stream
+SEEDS, CLIPS, LONG = 3, 64, 4  # LONG: clips in a stream
 
 
 class BovStudent(VideoDiT):
@@ -137,8 +137,7 @@ def main() -> None:
             found = [*three_axes(found).values(), found["jitter"], both["contrast"].abs()]
             row[seed] = torch.stack([x.nanmean() for x in found])
         rows += [(f"{arm}: {prompts[0]}", last[0])]
-        parts = [y for x in (row, row - table[0]) for y in (x.mean(0), T95 * x.std(0) / SEEDS**0.5)]
-        cells = ["{:.3f} ± {:.3f} ({:+.3f} ± {:.3f})".format(*x) for x in torch.stack(parts, 1).tolist()]
+        cells = [f"{mean(x, 3)} ({mean(x - y, 3)})" for x, y in zip(row.T, table[0].T, strict=True)]
         print(f"{arm:12}", *cells, sep="  ", flush=True)
     print(contact_sheet(flags.out / "ada_bov.png", rows, every=2))
 

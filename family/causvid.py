@@ -120,7 +120,8 @@ def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
     if typed or min(flags.paths // 8, flags.clips // 4, flags.steps + 1) < 2:
-        raise BadInput("allowed: 16 paths or more, 8 clips or more, 1 step or more")
+        allowed = "16 paths or more, 8 clips or more, 1 step or more"
+        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
     writable_folder(str(flags.out))
     cfg = build("tiny", {"device": "cpu"})
     codec, teacher = (load_net(flags.nets / f"{k}.safetensors", cfg, k) for k in ("codec", "teacher"))

@@ -109,7 +109,8 @@ def main() -> None:
     cfg = from_words(read_header(flags.nets / "codec.safetensors")["config"], {"device": "cpu"})
     inside = flags.shares and all(0 <= share <= 1 for share in flags.shares)
     if typed or cfg.data or not inside or flags.clips < 2:
-        raise BadInput("allowed: a codec of the procedural world, shares from 0 to 1, clips from 2")
+        allowed = "a codec of the procedural world, shares from 0 to 1, clips from 2"
+        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
     writable_folder(str(flags.out.parent))
     codec = load_net(flags.nets / "codec.safetensors", cfg, "codec")
     names, found = [("d2it", i) for i in range(flags.clips)], {}

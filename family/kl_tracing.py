@@ -117,7 +117,8 @@ def main() -> None:
     frames, levels, fits = list(flags.frames), flags.levels, cfg.height == cfg.width == SIZE and not cfg.data
     inside = frames and levels and all(0 < x < 1 for x in (*levels, *(k / cfg.frames for k in frames)))
     if typed or not (fits and inside and flags.noises and flags.clips > 1):
-        raise BadInput(f"allowed: {SIZE}-pixel nets, 0 < levels < 1, 0 < frames < {cfg.frames}, clips > 1")
+        allowed = f"{SIZE}-pixel nets, 0 < levels < 1, 0 < frames < {cfg.frames}, clips > 1"
+        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
     writable_folder(str(flags.out.parent))
     teacher, codec = (load_net(flags.nets / f"{k}.safetensors", cfg, k) for k in ("teacher", "codec"))
     video01, paths, points, ground, told = scene(cfg, flags.clips, flags.off)

@@ -53,8 +53,7 @@ def made(student, text, chunks, rngs, cfg: Config, way: str, strength: float, wa
     how = partial(stream, student, text, replace(cfg, context=WAYS[way]), rngs, strength=strength)
     if way == "no past":
         return torch.cat([next(how(over=[z])) for z in chunks], 1)
-    grid = strength, *(level for level in step_grid(cfg, 0) if level < strength)
-    past = warm_up(student, text, rngs, chunks[:warm], grid) if warm else ()
+    past = warm_up(student, text, rngs, chunks[:warm], step_grid(cfg, 0, strength)) if warm else ()
     return torch.cat([*past, *how(past=past, over=chunks[warm:])], 1)
 
 
@@ -101,7 +100,8 @@ def main() -> None:
     cfg = from_words(read_header(flags.student)["config"], {"device": "cpu"})
     fits = flags.strengths and all(0 < s <= 1 for s in flags.strengths) and flags.ground in ("", *BACKGROUNDS)
     if typed or cfg.preset != "tiny" or not (fits and flags.clips > 1 and flags.chunks > 2):
-        raise BadInput("allowed: a tiny student, 0 < strengths <= 1, clips > 1, chunks > 2, a known ground")
+        allowed = "a tiny student, 0 < strengths <= 1, clips > 1, chunks > 2, a known ground"
+        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
     writable_folder(str(flags.out.parent))
     student = load_net(flags.student, cfg, "student")
     codec = load_net(flags.student.with_name("codec.safetensors"), cfg, "codec")

@@ -120,7 +120,7 @@ def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
     if typed or flags.steps < 4 or flags.seeds < 2:
-        raise BadInput(f"{typed or flags}; allowed: steps from 4, seeds from 2")
+        raise BadInput(f"{typed or flags} is not possible; allowed: steps from 4, seeds from 2")
     out, cfg = writable_folder(flags.out) / "nativetok.png", replace(PRESETS["tiny"], device="cpu")
     codec, sets = load_net(ROOT / "assets/tiny/codec.safetensors", cfg, "codec").requires_grad_(False), []
     for split, count in (("train", 8192), ("test", 2048)):

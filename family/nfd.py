@@ -103,7 +103,8 @@ def main() -> None:
     cfg = from_words(read_header(flags.student)["config"], {"device": "cpu"})
     fits = flags.ahead and flags.change and flags.groups and all(0 <= p <= 1 for p in flags.change)
     if typed or cfg.preset != "tiny" or not (fits and all(1 <= n <= cfg.chunks for n in flags.ahead)):
-        raise BadInput(f"allowed: a tiny student, 1 <= ahead <= {cfg.chunks}, 0 <= change <= 1, groups > 0")
+        allowed = f"a tiny student, 1 <= ahead <= {cfg.chunks}, 0 <= change <= 1, groups > 0"
+        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
     writable_folder(str(flags.out.parent))
     student, rows, found = load_net(flags.student, cfg, "student"), {}, {}
     codec, world = load_net(flags.student.with_name("codec.safetensors"), cfg, "codec"), World(cfg, "test")

@@ -60,7 +60,7 @@ def noise_level(video01: Tensor, last: Tensor, start: float) -> Tensor:
 def batched(student, text, cfg, rngs, over, strength, levels=None, tau=-1.0):
     """`rollout.stream`, context=aligned, over clean chunks (b chunk c h w), but those in flight share a pass.
     → chunks, and how many sinks were replaced so far. levels: (b 1) for every chunk. tau: of `stale_sink`."""
-    grid = strength, *(level for level in step_grid(cfg, 0) if level < strength)
+    grid = step_grid(cfg, 0, strength)
     b, steps, seeds = len(text), len(grid), [int(torch.randint(2**62, (), generator=g)) for g in rngs]
     words, rows = student.read_text(text.repeat(steps, 1, 1)), [None] * steps  # row i: the chunk at step i
     caches, replaced, levels = [ListCache(student, cfg) for _ in grid], 0, iter(levels or repeat(strength))
@@ -100,7 +100,7 @@ def main() -> None:
     start, n, words = 0.75, flags.clips, read_header(flags.student)["config"]
     cfg = from_words(words, {"device": "cpu", "sink_mode": "static", "context": "aligned"})
     if typed or cfg.preset != "tiny" or n < 2:
-        raise BadInput("allowed: a tiny student, clips above 1")
+        raise BadInput(f"{typed or flags} is not possible; allowed: a tiny student, clips above 1")
     student = load_net(flags.student, cfg, "student")
     codec = load_net(flags.student.with_name("codec.safetensors"), cfg, "codec")
     drawn = World(cfg, "test").batch([("v2v", i) for i in range(n)], torch.arange(6 * cfg.chunk))

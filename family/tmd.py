@@ -36,10 +36,10 @@ from engine.sheet import contact_sheet
 from model import Head, VideoDiT, add_noise, sinusoid, teacher_forcing, to_x0
 from rollout import rollout
 from run import Run, imagine, prepare
-from world.measure import measure, three_axes
+from world.measure import mean, measure, three_axes
 
 ARMS = {(2, 1): (1.0, 0.5), (2, 2): (1.0, 0.5), (3, 1): (1.0, 0.75, 0.5)}  # (M, N): levels, unshifted
-SEEDS, T95, CLIPS = 3, 4.303, 128  # trainings of an arm, Student's t for them, clips that are measured
+SEEDS, CLIPS = 3, 128  # trainings of an arm, clips that are measured
 
 
 class FlowHead(Head):
@@ -138,8 +138,7 @@ def main() -> None:
             found = [*three_axes(each := measure(video01, prompts)).values(), each["jitter"]]
             row[seed] = torch.stack([x.nanmean() for x in found])
         rows += [(f"M = {m}, N = {n}: {prompts[i]}", video01[i]) for i in range(2)]
-        parts = [y for x in (row, row - table[0]) for y in (x.mean(0), T95 * x.std(0) / SEEDS**0.5)]
-        cells = ["{:.3f} ± {:.3f} ({:+.3f} ± {:.3f})".format(*x) for x in torch.stack(parts, 1).tolist()]
+        cells = [f"{mean(x, 3)} ({mean(x - y, 3)})" for x, y in zip(row.T, table[0].T, strict=True)]
         print(m, n, *cells, sep="  ", flush=True)
     print(contact_sheet(flags.out / "tmd.png", rows, every=2))
 

@@ -93,7 +93,11 @@ def test_what_is_printed_and_what_is_refused(monkeypatch, tmp_path, capsys, tiny
     monkeypatch.setattr(family.ada_bov, "imagine", lambda *args: clips)
     in_process(monkeypatch, family.ada_bov, f"--out={tmp_path}")
     *lines, last = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[1].count("+0.000") == 5 and (tmp_path / "ada_bov.png").samefile(last)
+    assert (
+        len(lines) == 6
+        and lines[1].count("(0.000 ±0.000)") == 5
+        and (tmp_path / "ada_bov.png").samefile(last)
+    )
     for word in ("small", "--beta=1", "--steps=0", "--tokens=-1"):
         with pytest.raises(SystemExit, match="2"):
             in_process(monkeypatch, family.ada_bov, word)

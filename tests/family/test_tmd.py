@@ -93,7 +93,7 @@ def test_what_is_printed_and_what_is_refused(monkeypatch, tmp_path, capsys, tiny
     monkeypatch.setattr(family.tmd, "imagine", lambda *args: clips)
     in_process(monkeypatch, family.tmd, f"--out={tmp_path}")
     *lines, last = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[1].count("+0.000") == 4 and (tmp_path / "tmd.png").samefile(last)
+    assert len(lines) == 4 and lines[1].count("(0.000 ±0.000)") == 4 and (tmp_path / "tmd.png").samefile(last)
     for word in ("small", "--beta=1", "--steps=0", "--warm=-1"):
         with pytest.raises(SystemExit, match="2"):
             in_process(monkeypatch, family.tmd, word)
