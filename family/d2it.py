@@ -118,9 +118,8 @@ def main() -> None:
         video01 = World(cfg, split).batch(names).video01
         x = codec.encode(video01)
         found[split] = scores(video01, x, cfg.chunk, names)
-    heads = "tokens a chunk", "PSNR dB", "less random", "less entropy"
     middle = cfg.frames // 2
-    print("share fine by" + "".join(f"{head:>16}" for head in heads))
+    print("share fine by  tokens a chunk         PSNR dB     less random    less entropy")
     for share in tqdm(flags.shares):
         quality, frames = {}, [video01[:4, middle]]
         for name in CRITERIA:

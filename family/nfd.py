@@ -123,9 +123,8 @@ def main() -> None:
             got.append(torch.stack([seen["jitter"], three_axes(seen)["motion"], seen["shape"]]))
             rows.setdefault(f"n = {n}, p = {flags.change[0]:g}", shown[0])
         found[p, n] = jitter, motion, shape = torch.cat(got, 1)
-        more = jitter - found[p, flags.ahead[0]][0]
-        cells = "".join(f"{mean(x, 3):>15}" for x in (jitter, more, motion, shape))
-        formula = sum((1 - p) ** j for j in range(n))
+        each = jitter, jitter - found[p, flags.ahead[0]][0], motion, shape
+        cells, formula = "".join(f"{mean(x, 3):>15}" for x in each), sum((1 - p) ** j for j in range(n))
         tqdm.write(f"{p:5.2f} {n} {sum(kept) / len(kept):7.2f} {formula:7.2f} {cells}")
     print("ms a chunk,", speed(student, cfg, flags.ahead))
     print(contact_sheet(flags.out, rows.items(), every=3))
