@@ -41,11 +41,6 @@ class Flags:
     json: bool = False  # one line for machines, not a table
 
 
-def synchronise(cfg: Config) -> None:
-    if cfg.device != "cpu":
-        torch.accelerator.synchronize()
-
-
 def peak_memory(cfg: Config) -> float:
     """MiB: of the device with CUDA; else of the process, modes before this one included."""
     cuda = cfg.device == "cuda"
@@ -65,7 +60,8 @@ def seconds_of(parts, cfg: Config, count: int, then=lambda x: x) -> list[float]:
     for _ in range(count):
         start = time.perf_counter()
         then(next(parts))
-        synchronise(cfg)
+        if cfg.device != "cpu":
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -246,17 +246,11 @@ def _add_field(parser: argparse.ArgumentParser, f) -> None:
     parser.add_argument(f"--{f.name}", **how)
 
 
-def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
-    """Read `[preset] [--key=value ...]` → (Config, flags or None). Raises BadInput.
+def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str, dict, object]:
+    """Read `[preset] [--key=value ...]` → preset, what was typed of Config, flags. Raises BadInput.
 
     `flags` is a dataclass with a script's own options; where it shares a name with Config, it wins.
     """
-    preset, typed, own = read_cli(argv, flags, doc)
-    return build(preset, typed), own
-
-
-def read_cli(argv: list[str] | None, flags: type | None, doc: str) -> tuple[str, dict, object]:
-    """The same, before it becomes a Config → (preset, typed fields of Config, flags or None)."""
     own = {f.name: f for f in fields(flags)} if flags else {}
     shared = {f.name: f for f in fields(Config) if f.name not in own and f.name != "preset"}
     parser = _Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)

@@ -124,10 +124,12 @@ class Cache:
         return torch.cat([out, look(q2, k2, v2, self.places[self.filled], self.join(layer))], dim=1)
 
     def commit(self, kv: KV) -> None:
-        """Remember a chunk. When the window is full the oldest leaves, into the sink if that is an EMA."""
-        self.advance()
-        for layer, (k, v) in enumerate(kv):
-            self.keep(layer, k, v)
+        """Remember a chunk, or several. The oldest leaves a full window, into the sink if that is an EMA."""
+        tokens = self.cfg.tokens
+        for start in range(0, kv[0][0].shape[1], tokens):
+            self.advance()
+            for layer, own in enumerate(kv):
+                self.keep(layer, *(z[:, start : start + tokens] for z in own))
 
     def advance(self) -> None:
         """The part of `commit` that all layers share; `keep` is the one of a layer."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codec import Codec
-from config import BadInput, Config, cli, from_cli
+from config import BadInput, Config, build, cli, read_cli
 from data import source_of
 from engine import checkpoint
 from engine.learn import Stage, learn
@@ -59,11 +59,6 @@ STAGES = {
     "causal": Stage("causal", 800, 16, 1e-3, "loss near 0.33"),
     "reward": Stage("reward", 1600, 16, 2e-3, "held-out pair accuracy VQ > .95, MQ > .9, TA > .9", ema=0.99),
 }
-
-
-def made(kind: str, cfg: Config, flags: Flags) -> nn.Module:
-    """What an earlier stage has left."""
-    return load_net(Path(flags.out) / f"{kind}.safetensors", cfg, kind)
 
 
 def started(cfg: Config, flags: Flags, kind: str) -> nn.Module | None:
@@ -145,7 +140,7 @@ def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.
 
 def train_causal(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Teacher forcing from the teacher's weights: a noisy chunk, at its own time, sees the clean past."""
-    net = made("teacher", cfg, flags)
+    net = load_net(Path(flags.out) / "teacher.safetensors", cfg, "teacher")
 
     def loss_of(net, x, noise, text, u):
         t = shift_time(u, cfg.shift).repeat_interleave(cfg.chunk, 1)
@@ -318,7 +313,8 @@ REPORTS = {"codec": report_codec, "reward": report_reward}
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    cfg = build(preset, typed)
     openmp.use_threads(cfg.threads)
     cfg = replace(cfg, device=pick_device(cfg))
     if flags.workers and sys.platform == "win32":
@@ -339,7 +335,7 @@ def main() -> None:
         expect = f"; expect {stage.expect}" * (not cfg.data)  # of the world; clips of one's own may be harder
         print(f"{name}: {stage.steps} steps of {stage.batch} clips{expect}", flush=True)
         start = time.perf_counter()
-        codec = None if name == "codec" else made("codec", cfg, flags)
+        codec = None if name == "codec" else load_net(out / "codec.safetensors", cfg, "codec")
         with checkpoint.locked(f"{out}/{name}-state"):
             net = TRAINERS[name](cfg, stage, source, codec, flags)
         minutes = (time.perf_counter() - start) / 60

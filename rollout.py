@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config
 from engine.rng import randn, rng_for
-from model import KV, ListCache, VideoDiT, guided_x0, shift_time
+from model import KV, Cache, ListCache, VideoDiT, guided_x0, look, shift_time, turns_at
 
 # before the shift; Diagonal Distillation: early chunks get more steps, all chunks the same last level
 _TAPER = {5: (1.0, 0.75, 0.5, 0.25, 0.1), 4: (1.0, 0.75, 0.5, 0.1), 3: (1.0, 0.75, 0.1), 2: (1.0, 0.1)}
@@ -74,6 +74,22 @@ class Given:
         """Another prompt, in the place of the old one: captured graphs read it there."""
         for old, new in zip(self.words[False], self.student.read_text(text), strict=True):
             old[0].copy_(new[0]), old[1].copy_(new[1])
+
+
+class Ahead:
+    """A pass over n chunks: each sees what `past` remembers, itself and those before it. `past` is a
+    ListCache, or either cache while it is empty."""
+
+    def __init__(self, past: Cache, n: int):
+        self.past, self.chunk = past, n * past.cfg.chunk
+        cfg, m, device = past.cfg, past.filled, past.places.device
+        frames = torch.arange(m * cfg.chunk_tokens, (m + n) * cfg.chunk_tokens, device=device)
+        chunk = torch.arange(m + n, device=device).repeat_interleave(cfg.tokens)
+        mask = chunk[m * cfg.tokens :, None] >= chunk
+        self.look = partial(look, turns=turns_at(frames, *cfg.grid, cfg.dim // cfg.heads), mask=mask)
+
+    def looks(self, both: bool) -> list[Callable]:
+        return [partial(self.look, join=self.past.filled and self.past.join(i)) for i in self.past.layers]
 
 
 def denoise_chunk(given: Given, caches, grid, grad, behind, *inputs: Tensor) -> tuple[Tensor, KV]:
@@ -176,14 +192,15 @@ def stream(student, text, cfg, rngs, *, past=(), over=None, strength=1.0, cache=
 
 @torch.no_grad()
 def _rebuild(given, kept, caches, cfg: Config, grid: tuple[float, ...], seeds: list[int], *key: int) -> None:
-    """Fill the caches anew from clean chunks: the stream's first `sink` ones and the most recent ones."""
+    """Fill the caches anew, in one pass: from the stream's first `sink` clean chunks and recent ones."""
     rngs = [rng_for(seed, "rebuild", *key) for seed in seeds]
-    noise = [randn(rngs, *x0.shape[1:], device=x0.device) for x0 in kept]
     levels = grid if cfg.context == "aligned" else [context_level(cfg, grid)]
+    noise = [randn(rngs, *x0.shape[1:], device=x0.device) for x0 in kept]
     for cache, level in zip(caches, levels, strict=False):
         cache.reset()
-        for each in zip(kept, noise, strict=True):
-            cache.commit(given(noised(*each, level), cache, level)[1])
+        if kept:
+            x = noised(torch.cat(kept, 1), torch.cat(noise, 1), level)
+            cache.commit(given(x, Ahead(cache, len(kept)), level)[1])
 
 
 def rollout(student, text, cfg: Config, rngs, chunks=None, exit: int | None = None, grad=False) -> Tensor:

@@ -267,11 +267,9 @@ def select(run: Run) -> dict[str, float]:
 
 
 def relative(path: Path, start: Path) -> str:
-    """The way from one folder to another, links followed; on Windows there may be none between two drives."""
-    try:
-        return os.path.relpath(path.resolve(), start.resolve())
-    except ValueError:
-        return str(path.resolve())
+    """The way from one folder to another, links followed; between two drives of Windows there is none."""
+    path, start = path.resolve(), start.resolve()
+    return os.path.relpath(path, start) if path.anchor == start.anchor else str(path)
 
 
 def sheet(run: Run, name: str, net: nn.Module) -> None:

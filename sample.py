@@ -232,9 +232,7 @@ def report(made: list[tuple[float, int]], cfg: Config, files: str, flags: Flags)
     p50, p99 = (1000 * torch.tensor(seconds[1:] or seconds).quantile(q) for q in (0.5, 0.99))
     found, frames = played(seconds, counts, cfg.fps, bool(flags.video)), cfg.chunk * cfg.time_stride
     print(f"first frame after {1e3 * found['first']:.0f} ms; {1e3 * frames / p50:.0f} frames/s")
-    print(
-        f"per chunk of {frames} frames, decoding included: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({cfg.device})"
-    )
+    print(f"per chunk of {frames} frames, with decoding: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({cfg.device})")
     grid = step_grid(cfg, cfg.chunks, flags.strength if flags.video else 1.0)
     fit = steps_in_time(len(grid), seconds[1:] or seconds, frames / cfg.fps, cfg.context)
     print(in_words(found, sum(counts), cfg.fps), f"up to {fit} steps a chunk would keep up", sep="; ")

@@ -16,7 +16,6 @@ n = 1's, which takes 1.2 times as long as `stream`. Kept of 4, p = .25: 2.14 in 
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, islice, product, takewhile
 from pathlib import Path
 
@@ -27,26 +26,12 @@ from config import ROOT, BadInput, Config, cli, from_words, read_cli
 from engine.checkpoint import read_header, writable_folder
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
-from model import Cache, ListCache, look, turns_at
+from model import ListCache
 from networks import load_net
-from rollout import Given, denoise_chunk, step_grid, stream
+from rollout import Ahead, Given, denoise_chunk, step_grid, stream
 from world.measure import mean, measure, three_axes
 from world.scene import World
 from world.words import MOTIONS, caption, tokenize
-
-
-class Ahead:
-    """n chunks after what a cache remembers, in one pass: each sees that, itself and those before it."""
-
-    def __init__(self, past: Cache, n: int):
-        self.past, self.chunk = past, n * past.cfg.chunk
-        cfg, m, long = past.cfg, past.filled, past.cfg.chunk_tokens
-        turns = turns_at(torch.arange(m * long, (m + n) * long), *cfg.grid, cfg.dim // cfg.heads)
-        chunk = torch.arange(m + n).repeat_interleave(cfg.tokens)
-        self.look = partial(look, turns=turns, mask=chunk[m * cfg.tokens :, None] >= chunk)
-
-    def looks(self, both: bool) -> list[partial]:
-        return [partial(self.look, join=self.past.join(i)) for i in self.past.layers]
 
 
 @torch.no_grad()
@@ -63,9 +48,7 @@ def play(student, texts, cfg: Config, rngs, actions, n: int, hedge=False):
         x, _ = denoise_chunk(every if hedge else givens[now], [Ahead(cache, made)], grid, False, None, *noise)
         kept = len([*takewhile(now.__eq__, actions[k : k + made])])
         x = x.chunk(ways)[now if hedge else 0][:, : kept * cfg.chunk]
-        _, kv = givens[now](x.repeat(ways, 1, 1, 1, 1), Ahead(cache, kept), 0.0)
-        for own in zip(*(zip(k.chunk(kept, 1), v.chunk(kept, 1), strict=True) for k, v in kv), strict=True):
-            cache.commit(own)
+        cache.commit(givens[now](x.repeat(ways, 1, 1, 1, 1), Ahead(cache, kept), 0.0)[1])
         yield x, made
         k += kept
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import config as module
-from config import COMMON, METHODS, PRESETS, BadInput, Config, build, from_cli, from_words, options
+from config import COMMON, METHODS, PRESETS, BadInput, Config, build, from_words, options, read_cli
 from engine.checkpoint import (
     load_state,
     load_weights,
@@ -33,6 +33,12 @@ def refusal(call, *args, **kwargs) -> str:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def from_cli(argv: list[str] | None = None, flags: type | None = None, doc: str = ""):
+    """What scripts do with what is typed."""
+    preset, typed, own = read_cli(argv, flags, doc)
+    return build(preset, typed), own
 
 
 # -- what is typed ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The autoregressive rollout: how many passes it costs, what a chunk sees, and where its gradient goes."""
 
+import copy
 import gc
 from dataclasses import replace
 from itertools import chain, islice, product
@@ -11,7 +12,7 @@ from test_model import SINKS
 import rollout as module
 from engine.rng import rng_for
 from model import ListCache, RingCache, shift_time, to_x0
-from rollout import exit_step, rollout, rollout_chunks, step_grid, stream
+from rollout import Ahead, exit_step, rollout, rollout_chunks, step_grid, stream
 
 
 class Spy:
@@ -29,14 +30,15 @@ class Spy:
 
     def run(self, xt, t, time, words, cache):
         self.passes += 1
-        chunks = xt.detach().split(cache.cfg.chunk, 1)
-        ts = [self.read[e.sum().item()] for e in time[0].split(1, 1)]
-        before, grad = [list(chunk) for chunk in cache.chunks], torch.is_grad_enabled()
+        ahead = isinstance(cache, Ahead)
+        past = cache.past if ahead else cache
+        chunks = xt.detach().split(past.cfg.chunk, 1)
+        ts = [self.read[e.sum().item()] for e in time[0].split(1, 1)] * (len(chunks) if ahead else 1)
+        before, grad = [list(chunk) for chunk in past.chunks], torch.is_grad_enabled()
         out = self.model.run(xt, t, time, words, cache)
-        after = [list(chunk) for chunk in cache.chunks]
-        self.seen += [
-            (x, t, seen, grad) for x, t, seen in zip(chunks, ts, (before, after)[: len(ts)], strict=True)
-        ]
+        after = before if ahead else [list(chunk) for chunk in past.chunks]
+        saw = before, *[after] * (len(ts) - 1)
+        self.seen += [(*each, grad) for each in zip(chunks, ts, saw, strict=True)]
         return out
 
     def levels(self) -> list[float]:
@@ -488,6 +490,25 @@ def test_list_and_ring_stream_alike(tiny, model):
         ring = RingCache(model, tiny, batch=2)
         fast = list(islice(stream(model, words(tiny, 2), tiny, rngs(2), cache=ring), 7))
     torch.testing.assert_close(torch.cat(slow, 1), torch.cat(fast, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_ahead_equals_chunk_by_chunk(tiny, model):
+    """Catches wrong places, a mask that is off by a chunk, a pass that writes into the cache, and chunks that
+    are remembered in another order."""
+    cfg = replace(tiny, window=6)
+    text, cache, t = words(cfg, 2), ListCache(model, cfg), torch.zeros(2, cfg.chunk)
+    x = torch.randn(2, 3, cfg.chunk, *cfg.latent_shape, generator=rng_for("x"))
+    for filled in range(3):
+        other, twin = torch.cat([x[:, :2], x[:, 2:] + 1], 1), copy.deepcopy(cache)
+        with torch.no_grad():
+            a, b = (model(z.flatten(1, 2), t.repeat(1, 3), text, Ahead(cache, 3))[0] for z in (x, other))
+            assert cache.filled == filled and (a - b)[:, : 2 * cfg.chunk].abs().max() < 1e-5
+            twin.commit(model(x[:, :2].flatten(1, 2), t.repeat(1, 2), text, Ahead(twin, 2))[1])
+            one, own = model(x[:, 0], t, text, cache)
+            cache.commit(own)
+            two, own = model(x[:, 1], t, text, cache)
+        torch.testing.assert_close(a[:, : 2 * cfg.chunk], torch.cat([one, two], 1), atol=1e-4, rtol=1e-4)
+        assert_same_kv(twin.chunks[-1], own)
 
 
 # -- prompts that change, videos that go on --------------------------------------------------------

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from config import BadInput, Config, cli, from_cli
+from config import BadInput, Config, build, cli, read_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss
 from engine import processes
 from model import ListCache, VideoDiT
@@ -184,7 +184,8 @@ def check(cfg: Config, teacher: Config, processes: int, available: float) -> Non
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
+    preset, typed, flags = read_cli(None, Flags, __doc__)
+    cfg = build(preset, typed)
     openmp.use_threads(cfg.threads)
     if flags.teacher_size not in WAN_SIZES:
         allowed = " | ".join(WAN_SIZES)

@@ -12,7 +12,7 @@ from test_rollout import assert_same_kv, rngs, words
 
 from engine.rng import rng_for
 from family import nfd
-from family.nfd import Ahead, play, switching
+from family.nfd import play, switching
 from model import ListCache
 from rollout import stream
 
@@ -23,22 +23,6 @@ def texts(cfg) -> list[torch.Tensor]:
 
 def video(*args, **how) -> torch.Tensor:
     return torch.cat([x for x, _ in play(*args, **how)], 1)
-
-
-def test_ahead_equals_chunk_by_chunk(tiny, model):
-    """Catches wrong places, a mask that is off by a chunk, and a pass that writes into the cache."""
-    cfg = replace(tiny, window=6)
-    text, cache, t = words(cfg, 2), ListCache(model, cfg), torch.zeros(2, cfg.chunk)
-    x = torch.randn(2, 3, cfg.chunk, *cfg.latent_shape, generator=rng_for("x"))
-    for filled in range(3):
-        other = torch.cat([x[:, :2], x[:, 2:] + 1], 1)
-        with torch.no_grad():
-            a, b = (model(z.flatten(1, 2), t.repeat(1, 3), text, Ahead(cache, 3))[0] for z in (x, other))
-            assert cache.filled == filled and (a - b)[:, : 2 * cfg.chunk].abs().max() < 1e-5
-            one, own = model(x[:, 0], t, text, cache)
-            cache.commit(own)
-            two, _ = model(x[:, 1], t, text, cache)
-        torch.testing.assert_close(a[:, : 2 * cfg.chunk], torch.cat([one, two], 1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sink", SINKS)
