@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice, product
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from networks import load_net
 from rollout import step_grid, stream
 from run import read_metrics
 from study import results
-from study.rows import BASE, CONTEXTS, WORLDS, as_flag, fields_of
+from study.rows import WORLDS, as_flag, fields_of
 from world.measure import measure, three_axes
 from world.scene import World
 from world.words import caption, tokenize
@@ -95,7 +95,7 @@ def train_and_measure(run: dict, fields: dict, folder: Path, nets: Path) -> list
             return [run | {"view": "failed"}]
     if (last := last_step(folder)) < cfg.steps:
         raise BadInput(f"{folder} stopped at step {last} of {cfg.steps}; the same command goes on from there")
-    facts, views = judge(run["row"], folder, run["seed"], nets, run["clips"], pick_device(cfg))
+    facts, views = judge(folder, run["seed"], nets, run["clips"], pick_device(cfg))
     return [run | facts | {"view": view} | found for view, found in views.items()]
 
 
@@ -116,19 +116,13 @@ def last_step(folder: Path) -> int:
     return max((row["step"] for row in read_metrics(folder)), default=0)
 
 
-def judge(name: str, folder: Path, seed: int, nets: Path, clips: int, device: str) -> tuple[dict, dict]:
-    """A run's student → facts of the run, {view: measures}; one of the context rows or the base also under
-    every level of context noise."""
+def judge(folder: Path, seed: int, nets: Path, clips: int, device: str) -> tuple[dict, dict]:
+    """A run's student → facts of the run, {view: measures}."""
     path = folder / "student.safetensors"
     header = read_header(path)
     cfg = from_words(header["config"], {"device": device})
     student, codec = load_net(path, cfg, "student"), load_net(nets / "codec.safetensors", cfg, "codec")
     views, seconds = watch(student, codec, cfg, seed, clips)
-    if name == BASE or name.startswith("context-"):
-        for t in CONTEXTS:
-            sampled = replace(cfg, context="noisy", context_t=t)
-            other, _ = watch(student, codec, sampled, seed, min(clips, 32))
-            views[f"beyond, sampled with context {t}"] = other["beyond"]
     forwards = sum(len(step_grid(cfg, k)) + (cfg.context in ("clean", "noisy")) for k in range(7))
     facts = {
         "chosen step": int(header["step"]),

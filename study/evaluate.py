@@ -32,7 +32,7 @@ from rollout import rollout, sample_teacher
 from study import results
 from study.compare import compare
 from study.rows import ROWS, rows_named, world_named
-from study.tables import LEGEND, crossed, extra, interval, markdown, over_time
+from study.tables import LEGEND, extra, interval, markdown, over_time
 from world.measure import measure, three_axes
 from world.scene import World
 from world.words import caption, tokenize
@@ -102,8 +102,7 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     if flags.against and flags.against not in table:
         raise BadInput(f"{where} --against={flags.against}; --seeds=1 makes one")
     held_out = [over_time(table, name) for name in ("jitter", "shape", "speed")]
-    drifts = [crossed(table, name) for name in ("contrast", "saturation")]
-    print(*filter(None, [markdown(table, flags.against), *held_out, *drifts]), sep="\n\n")
+    print(markdown(table, flags.against), *held_out, sep="\n\n")
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
     python -m study.figures curves --run=out/train --against=assets/curves/healthy   # of metrics.jsonl
     python -m study.figures saliency --prompt "a red circle moving left slowly"      # to out/saliency.png
     python -m study.figures table                       # of study/results.csv, to out/table.png
-    python -m study.figures methods --runs=out/table    # students, early and late, to out/methods.png
 
 Curves, bars and intervals need matplotlib (the extra `study`); contact sheets do not.
 """
@@ -11,7 +10,6 @@ Curves, bars and intervals need matplotlib (the extra `study`); contact sheets d
 from engine import openmp  # isort: skip  (before torch loads)
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +22,12 @@ from engine.rng import rng_for
 from engine.sheet import contact_sheet
 from networks import load_net
 from reward import AXES, RewardModel
-from rollout import rollout, stream
+from rollout import rollout
 from run import read_metrics
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 from study import results
 from study.compare import FAR
-from study.rows import ROWS, WORLDS, reference, rows_named, world_named
+from study.rows import ROWS, reference, rows_named, world_named
 from study.tables import extra, gains, interval
 from world.words import tokenize, understand
 
@@ -177,34 +175,16 @@ def forest(path: Path, rows: dict[str, dict[tuple, list[float]]]) -> None:
     finish(figure, path)
 
 
-@torch.no_grad()
-def methods_sheet(path: Path, students: list[Path], nets: Path, prompt: str, seed: int) -> None:
-    """A row a student: every second frame of the first clip's worth of a stream, and of the last, on the same
-    prompt and noise."""
-    rows = {}
-    for student in students:
-        cfg = from_words(read_header(student)["config"], {"device": "cpu"})
-        text = tokenize([understand(prompt, cfg, [])], cfg.text_length, cfg.text_width)
-        rngs, codec = [rng_for(seed, "methods")], load_net(nets / "codec.safetensors", cfg, "codec")
-        parts = stream(load_net(student, cfg, "student"), text, cfg, rngs)
-        chunks = list(islice(parts, FAR * cfg.chunks))
-        ends = torch.cat([*chunks[: cfg.chunks], *chunks[-cfg.chunks :]], dim=1)
-        when = f"the first {cfg.frames} frames, and the last of {FAR * cfg.frames}"
-        rows[f"{student.parent.name}: {when}"] = codec.decode(ends)[0]
-    contact_sheet(path, rows.items(), every=2)
-
-
 @dataclass(frozen=True)
 class Flags:
     run: str = "out/train"  # of curves: what train.py has left
     against: str = ""  # of curves: another run, in grey
-    prompt: str = "a red circle moving left slowly on a black background"  # of saliency, methods
+    prompt: str = "a red circle moving left slowly on a black background"  # of saliency
     nets: str = str(ROOT / "assets/tiny")  # folder with codec, teacher and reward
-    seed: int = 0  # of the noise; of methods also the students'
+    seed: int = 0  # of the noise
     out: str = "out"  # folder of the picture
     world: str = "one"  # objects in a clip: one | two
     results: Path = ROOT / "study/results.csv"  # of table
-    runs: Path = Path("out/table")  # what study.evaluate table leaves
     student: str = ""  # of saliency; default <nets>/stream_r1.safetensors
     clips: int = 256  # of table: runs measured on that many prompts
     methods: str = ""  # rows of study/rows.py, comma-separated; default all there are
@@ -224,25 +204,19 @@ def about_a_student(out: Path, typed: dict, flags: Flags) -> None:
     saliency_sheet(out, video01, text, load_net(nets / "reward.safetensors", cfg, "reward"), cfg)
 
 
-def about_the_comparison(what: str, out: Path, flags: Flags) -> None:
-    """The table as a figure, or what its students draw. Raises BadInput."""
+def about_the_comparison(out: Path, flags: Flags) -> None:
+    """The table as a figure. Raises BadInput."""
     names, world = rows_named(flags.methods, {}), world_named(flags.world)
-    if what == "table":
-        rows = compared(results.load(flags.results, world, flags.clips, names))
-        if not rows:
-            raise BadInput(f"--results={flags.results} holds no row with two seeds of it and of its control")
-        return forest(out, rows)
-    students = [flags.runs / world / f"{name}-{flags.seed}" / "student.safetensors" for name in names]
-    students = [path for path in students if path.is_file() or flags.methods]
-    if not students:
-        raise BadInput(f"--runs={flags.runs} has no student of seed {flags.seed}; see study.evaluate")
-    methods_sheet(out, students, ROOT / WORLDS[world][1], flags.prompt, flags.seed)
+    rows = compared(results.load(flags.results, world, flags.clips, names))
+    if not rows:
+        raise BadInput(f"--results={flags.results} holds no row with two seeds of it and of its control")
+    forest(out, rows)
 
 
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
-    known = ("curves", "saliency", "table", "methods")
+    known = ("curves", "saliency", "table")
     if what not in known:
         raise BadInput(f"study.figures {what} is not possible; allowed: {' | '.join(known)}")
     if typed and what != "saliency":
@@ -253,7 +227,7 @@ def main() -> None:
     elif what == "saliency":
         about_a_student(out, typed, flags)
     else:
-        about_the_comparison(what, out, flags)
+        about_the_comparison(out, flags)
     print(out)
 
 

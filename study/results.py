@@ -1,8 +1,8 @@
 """What was measured: one CSV file, a line a run and view, to which runs append.
 
 A run is a row (study/rows.py), a seed, a world and a number of test prompts (`clips`). Its views: `within`,
-the first clip; `beyond`, the last of FAR; the same "sampled with context t"; "held out, step n", the prompts
-that choose the checkpoint; or `failed`. Numbers are means over `prompts` prompts (of drifts: of their size),
+the first clip; `beyond`, the last of FAR; "held out, step n", the prompts that choose the
+checkpoint; or `failed`. Numbers are means over `prompts` prompts (of drifts: of their size),
 empty where nothing could be measured.
 """
 

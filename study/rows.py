@@ -56,7 +56,6 @@ ROWS: dict[str, dict] = {name: {"method": name} for name in METHODS} | {
     # what later chunks see, in training and in sampling
     **{f"context-{t}": {"method": BASE, "context": "noisy", "context_t": t} for t in (0.1, 0.2, 0.357, 0.6)},
 }
-CONTEXTS = (0.0, 0.1, 0.2, 0.357, 0.6)  # where students of the base and of the context rows are sampled
 # objects in a clip: what makes it so, and the nets of this world
 WORLDS = {"one": ({}, "assets/tiny"), "two": ({"objects": 2, "text_length": 9}, "assets/two")}
 STEPS, EVERY = 100, 25  # of every row: updates, and those between measurements that choose a checkpoint

@@ -6,7 +6,7 @@ import numpy as np
 
 from config import BadInput
 from study.compare import FAR
-from study.rows import BASE, CONTEXTS, reference
+from study.rows import reference
 
 COLUMNS = (
     ("looks", "within"), ("motion", "within"), ("text", "within"), ("shape", "within"), ("jitter", "within"),
@@ -22,8 +22,6 @@ MEANING = {
     "jitter": "how much objects shake: rms second difference of their centre, in pixels of a 32-pixel canvas",
     "shape": "share of objects with the prompt's shape",
     "speed": "share of objects with the prompt's speed",
-    "contrast": "change of the frames' contrast",
-    "saturation": "change of the objects' saturation",
 }
 
 
@@ -106,19 +104,3 @@ def over_time(table: dict[str, dict[int, dict]], name: str) -> str:
         cells = ["{:.2f} ± {:.2f}".format(*interval(values)) for values in seen]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def crossed(table: dict[str, dict[int, dict]], name: str) -> str:
-    """Rows: the context noise in training. Columns: in sampling. Empty without such rows."""
-    what = f"{MEANING[name]} from the first frames to the last of {FAR} clips, mean size"
-    lines = [f"With noise of level t on the context: {name}_drift is {what}.", ""]
-    lines += [f"| {name}_drift, trained with | " + " | ".join(f"sampled {t}" for t in CONTEXTS) + " |"]
-    lines += ["|---" * (len(CONTEXTS) + 1) + "|"]
-    for row in table:
-        found = list(finished(table, row).values())
-        if found and (row == BASE or row.startswith("context-")):
-            views = [f"beyond, sampled with context {t}" for t in CONTEXTS]
-            values = [interval([run[view][f"{name}_drift"] for run in found]) for view in views]
-            cells = ["{:.3f} ± {:.3f}".format(*value) for value in values]
-            lines.append(f"| {row.removeprefix('context-')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 4 else ""

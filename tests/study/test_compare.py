@@ -61,15 +61,12 @@ def test_table_trains_measures_resumes(where, tmp_path, monkeypatch, capsys):
     one = found["windowed"]["beyond"]
     assert one["forwards"] == 35 and one["prompts"] == 2 and not math.isnan(one["saturation_drift"])
     assert one["command"].startswith("python train.py --method=windowed --steps=1 ")
-    base = found["self_forcing"]
-    assert sum("sampled with context" in view for view in base) == 5
-    assert base["beyond, sampled with context 0.0"]["jitter"] == base["beyond"]["jitter"], "0 is clean"
     assert not list((tmp_path / "runs").rglob("step_*.pt"))
     said = capsys.readouterr().out
-    assert "| windowed | 1 |" in said and "| self_forcing | " in said.rpartition("trained with")[2]
+    assert "| windowed | 1 |" in said and "| self_forcing | " in said
     call(monkeypatch, *where, "--steps=1", "--clips=3")  # measured again, on more prompts, but not trained
     more = [line for line in results.read(tmp_path / "r.csv") if line["clips"] == 3]
-    assert len(more) == 2 * 3 + 5 and len(trainings) == 2
+    assert len(more) == 2 * 3 and len(trainings) == 2
     assert all(line["seconds"] == found[line["row"]]["within"]["seconds"] for line in more)
     before = (tmp_path / "r.csv").read_bytes()
     call(monkeypatch, *where, "--steps=1", "--threads=1")

@@ -1,7 +1,6 @@
 """study/figures.py: what a picture shows is where it should be."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
@@ -108,19 +107,7 @@ def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch, drawn):
     assert pixels(tmp_path / "table.png").shape[1] == 780
 
 
-def test_methods_sheet(nets, tmp_path, monkeypatch):  # noqa: F811
-    """A row a student, half of the first clip's frames and half of the last one's."""
-    for name in ("windowed-0", "reward_forcing-0"):
-        (tmp_path / "one" / name).mkdir(parents=True)
-        shutil.copy(nets / "stream_r1.safetensors", tmp_path / "one" / name / "student.safetensors")
-    call(monkeypatch, "methods", f"--runs={tmp_path}", f"--nets={nets}", f"--out={tmp_path}")
-    sheet = pixels(tmp_path / "methods.png")
-    assert sheet.shape == (2 * (64 + 20 + 2), 16 * (64 + 2), 3)
-    top, bottom = sheet[20 : 20 + 64], sheet[106 : 106 + 64]
-    assert np.array_equal(top, bottom), "the same weights, prompt and noise"
-
-
-BAD = {"table": ["--results=/nowhere"], "methods": ["--runs=/nowhere"], "curves": ["--guidance=9"]}
+BAD = {"table": ["--results=/nowhere"], "curves": ["--guidance=9"]}
 
 
 @pytest.mark.parametrize("what", BAD)
