@@ -31,7 +31,7 @@ from reward import AXES, RewardModel
 from rollout import rollout, sample_teacher
 from study import results
 from study.compare import compare
-from study.rows import ROWS, rows_named, world_named
+from study.rows import ROWS, WORLDS, rows_named
 from study.tables import LEGEND, extra, interval, markdown, over_time
 from world.measure import measure, three_axes
 from world.scene import World
@@ -92,7 +92,8 @@ def table_of_methods(typed: dict, flags: Flags) -> None:
     if flags.against not in ("", *ROWS):
         raise BadInput(f"--against={flags.against} is not possible; allowed: {' '.join(ROWS)}")
     names = rows_named(f"{flags.methods},{flags.against}" if flags.methods else "", typed)
-    world_named(flags.world)
+    if flags.world not in WORLDS:
+        raise BadInput(f"--world={flags.world} is not possible; allowed: {' | '.join(WORLDS)}")
     if flags.seeds:
         compare(names, typed, flags)
     table = results.load(flags.results, flags.world, flags.clips, names, flags.shown)

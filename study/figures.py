@@ -1,10 +1,9 @@
-"""Pictures of a run, of the reward's saliency, and of the comparison of methods.
+"""Pictures of a run and of the reward's saliency.
 
     python -m study.figures curves --run=out/train --against=assets/curves/healthy   # of metrics.jsonl
     python -m study.figures saliency --prompt "a red circle moving left slowly"      # to out/saliency.png
-    python -m study.figures table                       # of study/results.csv, to out/table.png
 
-Curves, bars and intervals need matplotlib (the extra `study`); contact sheets do not.
+Curves need matplotlib (the extra `study`); contact sheets do not.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -25,10 +24,7 @@ from reward import AXES, RewardModel
 from rollout import rollout
 from run import read_metrics
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
-from study import results
-from study.compare import FAR
-from study.rows import ROWS, reference, rows_named, world_named
-from study.tables import extra, gains, interval
+from study.tables import extra
 from world.words import tokenize, understand
 
 BLUE, ORANGE, GREY = "#1f4e9c", "#c8501e", "#8a8a8a"
@@ -70,7 +66,7 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.array([y[max(0, i - reach) : i + reach + 1].mean() for i in range(len(y))])
 
 
-def curves(run: Path, against: str) -> None:
+def curves(run: Path, against: str) -> Path:
     """A panel per quantity of metrics.jsonl over steps: what is measured on held-out prompts comes first; of
     noisy quantities the points are faint and a smoothed line is drawn. In grey another run, `against`."""
     if not (rows := read_metrics(run)):
@@ -97,7 +93,8 @@ def curves(run: Path, against: str) -> None:
     for panel in panels.flat[max(0, len(names) - 2) : len(names)]:
         panel.set_xlabel("step (student updates)")
         panel.tick_params(labelbottom=True)
-    finish(figure, run / "curves.png")
+    finish(figure, path := run / "curves.png")
+    return path
 
 
 # -- saliency ----------------------------------------
@@ -132,49 +129,6 @@ def saliency_sheet(path: Path, video01: Tensor, text: Tensor, reward: RewardMode
     contact_sheet(path, rows.items(), every=2)
 
 
-# -- the comparison ----------------------------------------
-VIEWS = {"within": ("first clip", "o", 0.17), "beyond": (f"last of {FAR} clips", "s", -0.17)}
-PANELS = [(axis, view) for view in VIEWS for axis in ("looks", "motion", "text")]
-
-
-def compared(table: dict[str, dict[int, dict]]) -> dict[str, dict[tuple, list[float]]]:
-    """{row: gains over its control} of rows with two shared seeds or more: one alone has no interval."""
-    rows = {row: gains(table, row, PANELS) for row in ROWS if row != reference(row)}
-    return {row: found for row, found in rows.items() if found and len(found[PANELS[0]]) > 1}
-
-
-def forest(path: Path, rows: dict[str, dict[tuple, list[float]]]) -> None:
-    """Per row and measure: mean and 95 % interval of the paired differences from the row's control, in the
-    first clip and in the last of FAR; coloured where the interval excludes zero."""
-    figure, panels = canvas(1, 3, 2.2 + 0.5 * len(rows), sharey=True)
-    for axis, panel in zip(("looks", "motion", "text"), panels, strict=True):
-        every = [gain for found in rows.values() for view in VIEWS for gain in found[axis, view]]
-        reach = 1.2 * max(map(abs, every)) or 1.0
-        for (y, found), (view, (_, marker, shift)) in (
-            (row, way) for row in enumerate(rows.values()) for way in VIEWS.items()
-        ):
-            mean, wide = interval(found[axis, view])
-            colour = GREY if not abs(mean) > wide else ORANGE if mean < 0 else BLUE
-            panel.errorbar(mean, -y + shift, xerr=wide, fmt=marker, color=colour, markersize=6, linewidth=2,
-                           markerfacecolor=colour if view == "within" else "white")  # fmt: skip
-        panel.axvline(0, color="black", linewidth=1)
-        tick = float(f"{reach / 1.7:.0e}")  # one digit
-        panel.set(title=axis, xlim=(-reach, reach), xticks=[-tick, 0, tick])
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+.2g}".replace("0.", ".") if x else "0")
-        panel.tick_params(axis="x", labelsize=12)
-        panel.grid(axis="y", alpha=0.3)
-    names = [f"{row} ({len(found[PANELS[0]])})" for row, found in rows.items()]
-    panels[0].set_yticks([-y for y in range(len(rows))], names)
-    panels[0].set_ylim(-len(rows) + 0.4, 0.6)
-    for label, marker, _ in VIEWS.values():
-        full = "black" if marker == "o" else "white"
-        panels[0].plot([], [], marker, color="black", markerfacecolor=full, label=label)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    words = "difference from the row's control, 95 % intervals"
-    figure.supxlabel(f"{words}\nblue: above zero, orange: below; (n): seeds", fontsize=14)
-    finish(figure, path)
-
-
 @dataclass(frozen=True)
 class Flags:
     run: str = "out/train"  # of curves: what train.py has left
@@ -183,16 +137,19 @@ class Flags:
     nets: str = str(ROOT / "assets/tiny")  # folder with codec, teacher and reward
     seed: int = 0  # of the noise
     out: str = "out"  # folder of the picture
-    world: str = "one"  # objects in a clip: one | two
-    results: Path = ROOT / "study/results.csv"  # of table
     student: str = ""  # of saliency; default <nets>/stream_r1.safetensors
-    clips: int = 256  # of table: runs measured on that many prompts
-    methods: str = ""  # rows of study/rows.py, comma-separated; default all there are
 
 
-def about_a_student(out: Path, typed: dict, flags: Flags) -> None:
-    """The saliency of one clip of the student. Raises BadInput."""
-    nets = Path(flags.nets)
+def main() -> None:
+    what, typed, flags = read_cli(None, Flags, __doc__)
+    openmp.use_threads(typed.pop("threads", 0))
+    if what not in ("curves", "saliency"):
+        raise BadInput(f"study.figures {what} is not possible; allowed: curves | saliency")
+    if what == "curves":
+        if typed:
+            raise BadInput(f"study.figures curves does not depend on --{min(typed)}; leave it out")
+        return print(curves(Path(flags.run), flags.against))
+    out, nets = writable_folder(flags.out) / "saliency.png", Path(flags.nets)
     student = Path(flags.student or nets / "stream_r1.safetensors")
     header = read_header(student)
     cfg = from_words(header["config"], typed | {"device": "cpu"})
@@ -202,32 +159,6 @@ def about_a_student(out: Path, typed: dict, flags: Flags) -> None:
     with torch.no_grad():
         video01 = codec.decode(rollout(net, text, cfg, [rng_for(flags.seed, "saliency")]))
     saliency_sheet(out, video01, text, load_net(nets / "reward.safetensors", cfg, "reward"), cfg)
-
-
-def about_the_comparison(out: Path, flags: Flags) -> None:
-    """The table as a figure. Raises BadInput."""
-    names, world = rows_named(flags.methods, {}), world_named(flags.world)
-    rows = compared(results.load(flags.results, world, flags.clips, names))
-    if not rows:
-        raise BadInput(f"--results={flags.results} holds no row with two seeds of it and of its control")
-    forest(out, rows)
-
-
-def main() -> None:
-    what, typed, flags = read_cli(None, Flags, __doc__)
-    openmp.use_threads(typed.pop("threads", 0))
-    known = ("curves", "saliency", "table")
-    if what not in known:
-        raise BadInput(f"study.figures {what} is not possible; allowed: {' | '.join(known)}")
-    if typed and what != "saliency":
-        raise BadInput(f"study.figures {what} does not depend on --{min(typed)}; leave it out")
-    out = Path(flags.run, "curves.png") if what == "curves" else writable_folder(flags.out) / f"{what}.png"
-    if what == "curves":
-        curves(Path(flags.run), flags.against)
-    elif what == "saliency":
-        about_a_student(out, typed, flags)
-    else:
-        about_the_comparison(out, flags)
     print(out)
 
 

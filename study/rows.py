@@ -101,10 +101,3 @@ def rows_named(names: str, typed: dict) -> list[str]:
         if clash := own & typed.keys():
             raise BadInput(f"--{min(clash)} is part of what the row {name!r} stands for; leave it out")
     return wanted
-
-
-def world_named(name: str) -> str:
-    """Raises BadInput."""
-    if name not in WORLDS:
-        raise BadInput(f"--world={name} is not possible; allowed: {' | '.join(WORLDS)}")
-    return name

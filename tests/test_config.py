@@ -165,7 +165,8 @@ def test_flags_of_a_script():
 
 # -- help and saved settings -----------------------------------------------------------------------
 
-SCRIPTS = "train pretrain sample bench study.evaluate study.figures study.reliability wan.memory".split()
+STUDY = [f"study.{name}" for name in ("evaluate", "figures", "goodhart", "reliability")]
+SCRIPTS = ["train", "pretrain", "sample", "bench", *STUDY, "wan.memory"]
 
 
 def help_of(capsys, *argv, flags=None, doc="") -> list[str]:

@@ -16,7 +16,7 @@ from engine.checkpoint import write_atomically
 from engine.processes import autocast, pick_device
 
 CORE = "train, pretrain, sample, bench, hubconf, networks, data, wan.memory"
-STUDY = "study.evaluate, study.figures, study.reliability"
+STUDY = "study.evaluate, study.figures, study.goodhart, study.reliability"
 
 
 def complaint(names: str, then: str = "") -> str:

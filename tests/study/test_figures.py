@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from config import BadInput, cli
-from study import figures, results, tables
-from study.rows import ROWS
+from study import figures, tables
 
 
 def call(monkeypatch, *argv):
@@ -71,7 +70,8 @@ def test_saliency_of_a_student(nets, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("argv, needle", [
-    (["tiny"], "curves | saliency"), (["curves", "--run=nothing"], "nothing/metrics.jsonl"),
+    (["tiny"], "curves | saliency"), (["curves", "--guidance=9"], "guidance"),
+    (["curves", "--run=nothing"], "nothing/metrics.jsonl"),
     (["saliency", "--nets=nothing"], "nothing/stream_r1.safetensors"),
     (["saliency", "--prompt", "a red cirle"], "circle"), (["saliency", "--method=diagonal"], "stream_r1"),
 ])  # fmt: skip
@@ -80,43 +80,6 @@ def test_bad_input(monkeypatch, capsys, argv, needle):
         call(monkeypatch, *argv)
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and len(error.splitlines()) == 1 and needle in error, error
-
-
-def test_forest_puts_better_rows_to_the_right(tmp_path, monkeypatch, drawn):
-    """Catches differences that are not paired (seeds differ by .1, rows by .05), signs and rows mixed up, and
-    rows of one seed, which have no interval."""
-    gain, lines = {"windowed": 0.0, "reward_forcing": 0.05, "diagonal": -0.05, "stream_r1": 0.5}, []
-    for row, more in gain.items():
-        for seed in (0, 1) if row != "stream_r1" else (0,):
-            facts = {"row": row, "seed": seed, "world": "one", "clips": 256, "steps": 100, "batch": 1}
-            looks = 0.5 + 0.1 * seed + more + 0.001 * seed * (row != "windowed")
-            values = dict.fromkeys(("looks", "motion", "text"), looks)
-            lines += [facts | values | {"view": view} for view in ("within", "beyond")]
-    results.append(tmp_path / "r.csv", lines)
-    call(monkeypatch, "table", f"--results={tmp_path}/r.csv", f"--out={tmp_path}")
-    panels = drawn[0].axes
-    assert [panel.get_title() for panel in panels] == ["looks", "motion", "text"]
-    names = [label.get_text() for label in panels[0].get_yticklabels()]
-    assert names == [f"{row} (2)" for row in ROWS if row in ("reward_forcing", "diagonal")]
-    for panel in panels:
-        for y, name in zip(panels[0].get_yticks(), names, strict=True):
-            bars = [c.lines[0] for c in panel.containers if abs(c.lines[0].get_ydata()[0] - y) < 0.4]
-            sign, colour = (1, figures.BLUE) if name.startswith("reward_forcing") else (-1, figures.ORANGE)
-            assert [bar.get_xdata()[0] for bar in bars] == pytest.approx([sign * 0.05 + 0.0005] * 2)
-            assert {bar.get_color() for bar in bars} == {colour}
-    assert pixels(tmp_path / "table.png").shape[1] == 780
-
-
-BAD = {"table": ["--results=/nowhere"], "curves": ["--guidance=9"]}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_nothing_to_draw(what, tmp_path, monkeypatch, capsys):
-    """Nothing to draw, and a field that would be ignored."""
-    with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, what, *BAD[what], f"--out={tmp_path}")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(said.splitlines()) == 1 and BAD[what][0].partition("=")[0] in said
 
 
 def test_a_missing_package_is_named(monkeypatch):
