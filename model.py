@@ -263,7 +263,8 @@ class SelfAttention(Attention):
 
 class CrossAttention(Attention):
     def forward(self, x, words):
-        """x (b n a*d), keys and values (b l a d) of the text, padding too, as in Wan → (b n a*d)."""
+        """x (b n a*d), the text (b l a*d), padding too, or its keys and values (b l a d) → (b n a*d)."""
+        words = self.read(words) if isinstance(words, Tensor) else words
         return self.o(_attend(self.queries(x), *words, None))
 
 
@@ -349,7 +350,8 @@ class VideoDiT(nn.Module):
     def forward(self, xt, t, text, cache=None, mask=None, positions=None) -> tuple[Tensor, KV]:
         """`cache`: remembered chunks come before this one. For a pass without one, `mask` (f f) and
         `positions` (f,) of latent frames; frames that share a token share their time, position and mask."""
-        return self.run(xt, t, self.read_time(t), self.read_text(text), cache, mask, positions)
+        context = self.text_embedding(text.to(self.patch_embedding.weight.dtype))  # (b l d), read in blocks
+        return self.run(xt, t, self.read_time(t), [context] * len(self.blocks), cache, mask, positions)
 
     def read_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t (b f) → what the head and the blocks see of it, (b f' d) and (b f' 6 d), f' tokens along time."""

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -61,16 +61,12 @@ def is_full(folder: Path, error: Exception) -> bool:
 def locked(folder: str, mine: bool = True) -> Iterator[None]:
     """One run a folder at a time. A process that ends, however it ends, keeps no lock. mine: whether this
     process is the one to ask. Raises BadInput."""
-    lock = FileLock(writable_folder(folder) / ".lock")
+    lock = FileLock(writable_folder(folder) / ".lock", timeout=0) if mine else nullcontext()
     try:
-        if mine:
-            lock.acquire(timeout=0)
+        with lock:
+            yield
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}; another --out starts one beside it") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def writable_folder(path: str, flag: str = "--out") -> Path:

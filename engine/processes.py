@@ -37,6 +37,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def sharing() -> int:
+    """Processes that hold the shares of one copy of a network: a machine's, or all if each has but one."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+    return local if local > 1 and world() % local == 0 else world()
+
+
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
@@ -74,11 +80,10 @@ def average_gradients(params: list[nn.Parameter]) -> None:
     """One flat all-reduce; what is sharded has been averaged already."""
     if not dist.is_initialized() or is_share(params[0]):
         return
-    flat = torch.cat([p.grad.flatten() for p in params])
+    grads = [p.grad for p in params]
+    flat = nn.utils.parameters_to_vector(grads)
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(g.view_as(p))
+    nn.utils.vector_to_parameters(flat / dist.get_world_size(), grads)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -91,10 +96,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def mean(stats: dict, device: str) -> dict[str, float]:
-    values = torch.tensor([float(v) for v in stats.values()], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
+    values = gather(torch.tensor([[float(v) for v in stats.values()]], device=device)).mean(0)
     return dict(zip(stats, values.tolist(), strict=True))
 
 

@@ -39,13 +39,14 @@ def command(nets, out, *more) -> list[str]:
     return ["train.py", f"--nets={nets}", f"--out={out}", *KEYS, *more]
 
 
-def launch(words, processes=1) -> list:
-    """train.py in processes with the environment that torchrun gives them, but forked: to import torch takes
-    a new one six seconds of CPU."""
+def launch(words, processes=1, machines=1) -> list:
+    """train.py in processes with the environment that torchrun gives them, on so many machines, but forked:
+    to import torch takes a new one six seconds of CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": f"{processes}"}
+    meet["LOCAL_WORLD_SIZE"] = f"{processes // machines}"
 
     def main(rank):
         os.environ |= meet | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
@@ -60,9 +61,9 @@ def launch(words, processes=1) -> list:
     return started
 
 
-def call(words, processes=1) -> None:
+def call(words, processes=1, machines=1) -> None:
     """The same, to its end."""
-    started = launch(words, processes)
+    started = launch(words, processes, machines)
     for process in started:
         process.join(170)
     codes = [process.exitcode for process in started]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from config import BadInput, Config, build, cli, read_cli
 from dmd import critic_loss, dmd_gradient, dmd_loss
-from engine import processes
+from engine.processes import autocast, sharing
 from model import ListCache, VideoDiT
 from rollout import Given, context_level, denoise_chunk, remember_chunk, step_grid
 from wan.weights import WanCodec
@@ -109,8 +109,8 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
     """
     with FakeTensorMode() if fake else nullcontext(), like_cuda():
         student, critic, frozen = networks(cfg, teacher, sharded)
-        autocast = processes.autocast(replace(cfg, device="cpu"))
-        with Tally() as first, autocast:
+        rough = autocast(replace(cfg, device="cpu"))
+        with Tally() as first, rough:
             text = torch.zeros(clips, cfg.text_length, cfg.text_width)
             x = exit_passes(student, text, cfg)
             t, eps = torch.full((clips, cfg.frames), 0.5), torch.zeros_like(x)
@@ -118,7 +118,7 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
             dmd_loss(x, g).backward()
         clip = x.detach()
         del x, g
-        with Tally() as second, autocast:
+        with Tally() as second, rough:
             critic_loss(critic, clip, text, t, eps).sum().backward()
     return {"student update": first.peak, "critic update": second.peak}
 
@@ -176,7 +176,7 @@ def estimate(cfg: Config, teacher: Config, processes: int, clips: int = 1) -> di
 def check(cfg: Config, teacher: Config, processes: int, available: float) -> None:
     """Raises BadInput if a step will not fit into that many GB: before anything is put there, not after."""
     clips = cfg.batch // (processes * cfg.accumulate)
-    needed = estimate(cfg, teacher, processes, clips)["total"]
+    needed = estimate(cfg, teacher, min(processes, sharing()), clips)["total"]
     if needed > available:
         what = f"{processes} GPUs with {clips} clips each need about {needed:.0f} GB, have {available:.0f}"
         fix = f"fewer clips: --accumulate={cfg.batch // processes}; python -m wan.memory: the table"

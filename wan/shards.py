@@ -3,21 +3,19 @@
 run.py imports this when it is asked for: loading it takes a second.
 """
 
+import copy
+import functools
 import json
 import os
 import shutil
 import warnings
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from config import BadInput, Config
@@ -26,21 +24,33 @@ from engine.checkpoint import states, write_atomically
 
 
 def shard(net: nn.Module, cfg: Config) -> nn.Module:
-    """FSDP2, in place: a process keeps its share of every parameter and fetches the others' block by block.
+    """FSDP2, in place: a process keeps its share of every parameter and fetches the others' block by block,
+    each once a pass. Machines with several processes each hold a copy a machine, and share within it (HSDP).
 
     Blocks travel and compute in bf16 if cfg.bf16; what is outside of them, the time embedding too, stays
-    in fp32. The text is read once a rollout, apart from the passes: cross-attention is a unit of its own.
+    in fp32. A stream reads its text once, apart from the passes: cross-attention is a unit of its own.
     """
-    low = MixedPrecisionPolicy(torch.bfloat16 if cfg.bf16 else None, torch.float32, cast_forward_inputs=False)
-    how = dict(mesh=init_device_mesh(cfg.device, (processes.world(),)), reshard_after_forward=True)
+    mesh = _mesh(cfg.device, processes.world() // processes.sharing(), dist.group.WORLD)
     for block in net.blocks:
-        fully_shard(block.cross_attn, mp_policy=low, **how)
-        register_fsdp_forward_method(block.cross_attn, "read")
-        fully_shard(block, mp_policy=low, **how)
-    fully_shard(net, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
-    for method in ("run", "read_time", "read_text"):
-        register_fsdp_forward_method(net, method)
-    return net
+        _fetched(block.cross_attn, mesh, cfg.bf16, "read")
+        _fetched(block, mesh, cfg.bf16)
+    return _fetched(net, mesh, False, "run", "read_time", "read_text")
+
+
+@functools.cache  # one for all networks: each has communicators of its own
+def _mesh(device: str, machines: int, group: dist.ProcessGroup) -> DeviceMesh:
+    shape = (group.size(),) if machines == 1 else (machines, group.size() // machines)
+    return init_device_mesh(device, shape, mesh_dim_names=("copy", "share")[-len(shape) :])
+
+
+def _fetched(unit: nn.Module, mesh: DeviceMesh, bf16: bool, *methods: str) -> nn.Module:
+    """What `forward` or one of the methods needs is fetched before it, and dropped after it."""
+    unit.forward = copy.copy(unit).forward  # calls the methods as they are: all is there already
+    how = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)
+    for method in methods:
+        register_fsdp_forward_method(unit, method)
+    return unit
 
 
 def save_shards(run, names: tuple[str, ...], facts: dict) -> None:
@@ -70,20 +80,19 @@ def load_shards(run, names: tuple[str, ...], facts: dict) -> None:
     except (Exception, dcp.CheckpointException) as error:  # a share is missing, cut short, of another network
         what = f"{path} cannot be read ({type(error).__name__})"
         raise BadInput(f"{what}; delete it to go on from the one before") from error
-    for name in names:
-        set_model_state_dict(getattr(run, name), state[name])
-    for name, (net, opt) in _optimizers(run).items():
-        set_optimizer_state_dict(net, opt, state[name])
+    for name, (net, opt) in _parts(run, names).items():
+        set_state_dict(net, opt, model_state_dict=state[name]["net"], optim_state_dict=state[name]["opt"])
     run.balancer.load_state_dict(facts["balancer"])
-
-
-def _optimizers(run) -> dict:
-    return {"student_opt": (run.student, run.student_opt), "critic_opt": (run.critic, run.critic_opt)}
 
 
 def _shards(run, names: tuple[str, ...]) -> dict:
     # one process alone is nothing to be warned of, here or by what reads and writes the shards
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-    state = {name: get_model_state_dict(getattr(run, name)) for name in names}
-    opts = _optimizers(run).items()
-    return state | {name: get_optimizer_state_dict(net, opt) for name, (net, opt) in opts}
+    parts = _parts(run, names).items()
+    return {name: dict(zip(("net", "opt"), get_state_dict(*part), strict=True)) for name, part in parts}
+
+
+def _parts(run, names: tuple[str, ...]) -> dict:
+    """Networks with their optimizers, if any."""
+    opts = {"student": run.student_opt, "critic": run.critic_opt}
+    return {name: (getattr(run, name), opts.get(name, ())) for name in names}

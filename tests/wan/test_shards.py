@@ -4,18 +4,22 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.fsdp  # noqa: F401  (once here, not in every process that is forked)
 from runs import ROOT, call, command, in_process, metrics
 from safetensors.torch import load_file
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from config import BadInput, build
 from engine.checkpoint import read_header
 from train import Flags, prepare
-from wan.shards import load_shards
+from wan.shards import load_shards, shard
 
 
 def weights(path) -> torch.Tensor:
@@ -49,6 +53,38 @@ def test_two_shards_equal_one_process(nets, pair, tmp_path):
     alike(pair, tmp_path)
     assert read_header(pair / "student.safetensors")["kind"] == "student"
     assert (pair / "before.png").exists() and (pair / "after.png").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_equal_one_process(nets, tmp_path):
+    """A copy on each machine (HSDP): gradients and their norm are of all, what is saved is whole."""
+    words = ("--steps=1", "--batch=8", "--horizon=1")
+    call(command(nets, tmp_path / "four", *words, "--shard"), processes=4, machines=2)
+    call(command(nets, tmp_path / "one", *words))
+    alike(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_every_unit_travels_once_a_pass(tiny, build, machines, monkeypatch):
+    """A pass fetches blocks, cross-attentions and what is outside of them once each; their gradients leave
+    once, and between machines, which hold a copy each, only those travel. The processes are pretended."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", f"{4 // machines}")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        cfg, found = replace(tiny, device="cpu", checkpointing=True), []
+        net = shard(build(cfg), cfg)
+        x, text = torch.ones(1, 2, *cfg.latent_shape), torch.ones(1, cfg.text_length, cfg.text_width)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), CommDebugMode() as counted:
+                v, _ = net(x, torch.full((1, 2), 0.5), text)
+                v.square().mean().backward() if grad else None
+            found.append({f"{k}": n for k, n in counted.get_comm_counts().items()})
+    finally:
+        dist.destroy_process_group()
+    units = 2 * cfg.layers + 1
+    fetched, left, copied = "c10d._allgather_base_", "c10d._reduce_scatter_base_", "c10d.allreduce_"
+    between = {copied: units} if machines > 1 else {}
+    assert found == [{fetched: units}, {fetched: 2 * units, left: units} | between]
 
 
 @pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
