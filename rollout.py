@@ -14,7 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, count, islice, repeat
 
 import torch
 from torch import Tensor
@@ -164,13 +164,11 @@ def stream(student, text, cfg, rngs, *, past=(), over=None, strength=1.0, cache=
     recent = deque(past[cfg.sink :], maxlen=cfg.cached_chunks - cfg.sink)
     start = 1.0 if over is None else strength
     _rebuild(given, [*first, *recent], caches, cfg, step_grid(cfg, 1, start), seeds)
-    behind = None  # what there is to remember of the chunk before
+    plans = _plans(cfg, seeds, len(past), start, exit, device)
+    behind, coming = None, next(plans)  # what there is to remember of the chunk before; the one to come
     for index, source in enumerate(repeat(None) if over is None else over):
-        grid = step_grid(cfg, index, start)
-        steps = grid if exit is None else grid[: exit + 1]
+        grid, steps, (context, *noise) = coming
         grad = grad_from is not None and index >= grad_from
-        own = [rng_for(s, len(past) + index) for s in seeds]
-        context, *noise = (randn(own, cfg.chunk, *cfg.latent_shape, device=device) for _ in (0, *steps))
         if source is not None:
             noise[0] = noised(source, noise[0], strength)
         how = call if caches[0].full else directly  # until then chunks differ in more than their values
@@ -185,9 +183,19 @@ def stream(student, text, cfg, rngs, *, past=(), over=None, strength=1.0, cache=
         denoise = partial(denoise_chunk, given, caches, steps, grad, level)
         x0, kv = how(("denoise", steps, level), denoise, *before[:2], *noise)
         x0 = x0.clone()  # the next replay of a graph writes where this one wrote
+        coming = next(plans)  # a GPU is still at work: to draw Wan's noise takes 50 ms
         yield x0
         behind = steps, context_level(cfg, grid, steps == grid), x0.detach(), context, *chain(*kv)
         (first if len(first) < cfg.sink else recent).append(x0.detach())
+
+
+def _plans(cfg: Config, seeds, past: int, start: float, exit: int | None, device) -> Iterator[tuple]:
+    """Per chunk: its grid, the part of it that is gone through, noise for its context and for each step."""
+    for index in count():
+        grid = step_grid(cfg, index, start)
+        steps = grid if exit is None else grid[: exit + 1]
+        own = [rng_for(s, past + index) for s in seeds]
+        yield grid, steps, [randn(own, cfg.chunk, *cfg.latent_shape, device=device) for _ in (0, *steps)]
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ def test_a_chunk_depends_on_its_past_alone(tiny, model, monkeypatch):
     def chunks(first: int, second: int) -> list[torch.Tensor]:
         context = torch.zeros_like(noise[0])
         draws = iter((context, noise[first], context, noise[second], context, noise[3]))
-        monkeypatch.setattr(module, "randn", lambda rngs, *shape, device=None: next(draws))
+        monkeypatch.setattr(module, "randn", lambda rngs, *shape, device=None: next(draws, context))
         with torch.no_grad():
             return list(islice(stream(model, words(cfg, 1), cfg, rngs(1)), 3))
 
@@ -210,6 +210,19 @@ def test_a_chunk_depends_on_its_past_alone(tiny, model, monkeypatch):
     assert (base[1] - other_first[1]).abs().max() > 1e-3
     assert torch.equal(base[0], other_second[0])
     assert (base[2] - other_second[2]).abs().max() > 1e-3
+
+
+def test_the_next_noise_is_drawn_behind_a_chunk(tiny, model, monkeypatch):
+    """Catches a draw before a chunk's passes, while a GPU has nothing to do, and draws beyond the exit."""
+    events, real = [], module.randn
+    monkeypatch.setattr(module, "randn", lambda *args, **more: events.append("draw") or real(*args, **more))
+    model.run = lambda *args, run=model.run: events.append("pass") or run(*args)
+    with torch.no_grad():
+        parts = stream(model, words(tiny, 1), tiny, rngs(1), exit=1)
+        for drawn in (6, 3, 3):  # for what is remembered and for two steps; the first chunk's as well
+            next(parts)
+            assert events.count("draw") == drawn and events[-4:] == ["pass", *["draw"] * 3]
+            events.clear()
 
 
 def test_same_generators_same_rollout(tiny, model):
