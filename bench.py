@@ -13,7 +13,7 @@ from engine import openmp  # isort: skip  (before torch loads)
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from codec import Codec
 from config import BadInput, Config, build, cli, read_cli
 from data import source_of
-from engine.graphs import CudaGraphs, compiled
-from engine.processes import largest_process, pick_device
+from engine.graphs import CudaGraphs, compiled, settled
+from engine.processes import largest_process
 from engine.rng import rng_for
 from live.pace import played, steps_in_time
 from model import RingCache, VideoDiT
@@ -39,12 +39,6 @@ class Flags:
     compile: bool = False  # a third mode, torch.compile
     profile: bool = False  # where a chunk's time goes, kernel by kernel, instead of how fast it is
     json: bool = False  # one line for machines, not a table
-
-
-def peak_memory(cfg: Config) -> float:
-    """MiB: of the device with CUDA; else of the process, modes before this one included."""
-    cuda = cfg.device == "cuda"
-    return torch.cuda.max_memory_allocated() / 2**20 if cuda else largest_process("RUSAGE_SELF")
 
 
 def matmul_peak(cfg: Config) -> float:
@@ -95,7 +89,9 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     row |= {"late %": 100 * even["late"] / (frames * flags.chunks), "jitter ms p99": 1e3 * even["p99"]}
     row["TFLOP/s"] = flops / float(seconds.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
-    row["peak MiB"] = peak_memory(cfg)
+    row["peak MiB"] = largest_process("RUSAGE_SELF")  # modes before this one included
+    if cfg.device == "cuda":
+        row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
     return row
 
 
@@ -147,26 +143,23 @@ def reading(cfg: Config, flags: Flags) -> list[dict]:
         start = time.perf_counter()
         for i in range(flags.chunks):
             source.draw([("bench", i)])
-        speed = flags.chunks / (time.perf_counter() - start)
-        peak = largest_process("RUSAGE_SELF")
-        rows.append({"mode": mode, "opened s": opened, "clips/s": speed, "peak MiB": peak})
+        found = {"clips/s": flags.chunks / (time.perf_counter() - start)}
+        rows.append({"mode": mode, "opened s": opened} | found | {"peak MiB": largest_process("RUSAGE_SELF")})
     return rows
 
 
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
-    cfg = build(preset, typed)
     if min(flags.chunks, flags.fps) < 1:
         raise BadInput(f"chunks={flags.chunks} fps={flags.fps} is not possible; allowed: 1 or more")
+    cfg = settled(build(preset, typed))
     openmp.use_threads(cfg.threads)
-    cfg = replace(cfg, device=pick_device(cfg))
     rows = reading(cfg, flags) if cfg.data else sampling(cfg, flags)
-    passes = len(step_grid(cfg, cfg.chunks)) + (cfg.context in ("clean", "noisy"))
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if cfg.device == "cuda" else {"cpu": cpu}.get(cfg.device, cfg.device)
     facts = {
-        "preset": cfg.preset, "device": where, "torch": torch.__version__, "bf16": cfg.bf16,
-        "seed": cfg.seed, "frames per chunk": cfg.chunk * cfg.time_stride, "passes per chunk": passes,
+        "preset": cfg.preset, "device": torch.cuda.get_device_name() if cfg.device == "cuda" else cfg.device,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "bf16": cfg.bf16, "seed": cfg.seed,
+        "attention": cfg.attention, "frames per chunk": cfg.chunk * cfg.time_stride,
+        "passes per chunk": len(step_grid(cfg, cfg.chunks)),
     }  # fmt: skip
     if flags.json:
         print(json.dumps(facts | {"rows": rows}))

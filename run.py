@@ -27,7 +27,7 @@ from world.scene import World
 from world.words import caption
 
 # may change between a run and its continuation
-FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads")
+FREE = ("steps", "save_every", "eval_every", "eval_clips", "max_bad", "device", "threads", "attention")
 
 
 # -- what it shows of itself ----------------------------------------

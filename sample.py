@@ -32,8 +32,7 @@ from codec import Codec
 from config import ROOT, BadInput, Config, build, cli, from_words, read_cli
 from data import decode, probe, read_clip
 from engine.checkpoint import read_header, write_atomically
-from engine.graphs import CudaGraphs
-from engine.processes import pick_device
+from engine.graphs import CudaGraphs, settled
 from engine.rng import rng_for
 from engine.sheet import contact_sheet, video_path, write_video
 from live.pace import in_words, played, steps_in_time
@@ -166,10 +165,12 @@ def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config
     if steps:
         typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
     precision = {} if preset == "wan-1.3b" else {"bf16": False}
-    cfg = from_words(header["config"], {"device": "auto", "threads": 0} | precision | typed)
+    cfg = from_words(
+        header["config"], {"device": "auto", "threads": 0, "attention": "auto"} | precision | typed
+    )
     if cfg.preset != preset:
         raise BadInput(f"the student is of preset {cfg.preset!r}, asked for was {preset!r}")
-    return replace(cfg, device=pick_device(cfg))
+    return settled(cfg)
 
 
 def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]]:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -40,7 +40,9 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if is_full(path.parent, error):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        left = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 2**20
+        if full or left < 2**20 or "os error 28" in str(error):  # torch's errors do not say so
             needs = f", needs {size / 2**20:.0f} MB" if size else ""
             raise BadInput(f"no space left in {path.parent}{needs}; {path.name} was not written") from error
         if not isinstance(error, OSError):
@@ -49,12 +51,6 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
         raise BadInput(f"{path} cannot be written: {why}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def is_full(folder: Path, error: Exception) -> bool:
-    """Whether a write failed for want of space. Torch's and safetensors' errors do not always say so."""
-    said = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return said or "os error 28" in str(error) or folder.is_dir() and shutil.disk_usage(folder).free < 2**20
 
 
 @contextmanager
@@ -122,10 +118,9 @@ def read_header(path: Path) -> dict[str, str]:
             student = Path(path).with_name("student.safetensors")
             raise BadInput(f"{path} is a run's state, to be resumed; its student is {student}") from error
         raise BadInput(f"{path} is not a readable safetensors file: {error}") from error
-    try:
+    ours = False
+    with suppress(KeyError, ValueError):
         ours = "kind" in header and isinstance(json.loads(header["config"]), dict)
-    except (KeyError, ValueError):
-        ours = False
     if not ours:
         raise BadInput(f"{path} was not written by this project: its header names no kind and no config")
     return header
@@ -175,13 +170,10 @@ def states(folder: Path) -> list[Path]:
 
 def can_resume(out: str) -> None:
     """Raises BadInput if --resume is asked for where no run has saved anything; names the runs beside."""
-
-    def runs(folder: Path) -> bool:
-        return any(states(p) for p in (folder, *folder.glob("*-state")))
-
-    if not runs(Path(out)):
-        near = [str(p) for p in sorted(Path(out).parent.glob("*")) if runs(p)][:6]
-        there = f"; there is {' '.join(near)}" * bool(near)
+    folders = Path(out), *sorted(Path(out).parent.glob("*"))
+    runs = [p for p in folders if any(states(q) for q in (p, *p.glob("*-state")))]
+    if folders[0] not in runs:
+        there = f"; there is {' '.join(map(str, runs[:6]))}" * bool(runs)
         raise BadInput(f"--resume: {out} holds no saved step{there}; without --resume a run begins")
 
 
@@ -221,8 +213,7 @@ def load_state(folder: Path, cfg: Config, free: tuple[str, ...] = (), resume: bo
         then, now = state["config"].get(f.name, f.default), getattr(cfg, f.name)
         then = tuple(then) if isinstance(then, list) else then
         if f.name not in free and then != now:
-            made = f"{paths[-1]} was made with {f.name}={then}"
-            raise BadInput(f"--resume: {made}, this run has {f.name}={now}")
+            raise BadInput(f"--resume: {paths[-1]} has {f.name}={then}, this run has {f.name}={now}")
     return state
 
 

@@ -1,7 +1,6 @@
 """The loop that trains one network: resumable bit for bit, with a running average, fed by other processes."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from engine.graphs import compiled
 from engine.processes import autocast
 
 # may change between a run and its continuation
-FREE = ("device", "threads", "save_every", "eval_every", "eval_clips", "max_bad")
+FREE = ("device", "threads", "attention", "save_every", "eval_every", "eval_clips", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ class Stage:
     clips: str = ""  # what it learns from, if not the world
 
 
-def learn(
-    stage: Stage, net: nn.Module, opts: list, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()
-):
+def learn(stage: Stage, net, opts: list, draw: Callable, loss_of: Callable, cfg: Config, flags, blocks=()):
     """Minimise loss_of(net, step, *draw(step)): warm-up, constant, linear decay over the last 40 %.
 
     draw: step → (anything, tensors ...), a function of the step alone, so that it does not matter which
@@ -79,7 +76,7 @@ def learn(
             checkpoint.save_state(folder, step + 1, nets | run)
         if stop:
             print(f"stopped after step {step + 1}; --resume goes on from there")
-            sys.exit(128 + next(iter(stop), signal.SIGTERM))
+            sys.exit(128 + stop[0])
     checkpoint.die_on_signal()
     speed = (stage.steps - half) / (time.perf_counter() - start)
     print(f"{stage.name}: {speed:.1f} steps a second in the later half", flush=True)
@@ -101,9 +98,8 @@ def go_on(folder: Path, stage: Stage, net, averaged, opts: list, cfg: Config, fl
     state = checkpoint.load_state(folder, cfg, FREE, flags.resume)
     if not state:
         return 0
-    then, now = ({"clips": ""} | stage_ | {"expect": ""} for stage_ in (state["stage"], asdict(stage)))
-    if then != now:
-        raise BadInput(f"--resume: {folder} was made with {then}, this run has {now}")
+    if (then := state["stage"]) != asdict(stage):
+        raise BadInput(f"--resume: {folder} was made with {then}, this run has {asdict(stage)}")
     with checkpoint.readable(folder):
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])

@@ -2,17 +2,13 @@
 
 import os
 import sys
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import BadInput, Config
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
 
 
 def start(cfg: Config) -> tuple[int, int, str]:
@@ -118,7 +114,9 @@ def may(flag: bool, cfg: Config) -> bool:
 
 def largest_process(who: str) -> float:
     """MiB of resident memory at its peak; nan on Windows, where Python does not know it."""
-    if resource is None:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return resource.getrusage(vars(resource)[who]).ru_maxrss * unit / 2**20
+    with suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+        return resource.getrusage(vars(resource)[who]).ru_maxrss * unit / 2**20
+    return float("nan")

@@ -14,9 +14,6 @@ from torch import Tensor
 from config import BadInput
 from engine.checkpoint import writable_folder, write_atomically
 
-FORMATS = (".mp4", ".gif", ".webp")
-_OURS = "Software", "stream-r1"  # in a PNG's header
-
 
 def to_uint8(video01: Tensor) -> Tensor:
     """(... 3 H W) in [0, 1] → (... H W 3) bytes."""
@@ -38,27 +35,18 @@ def contact_sheet(path: Path, rows: Iterable[tuple[str, Tensor]], scale: int = 2
             image = Image.fromarray(frame).resize((w * scale, h * scale), Image.Resampling.NEAREST)
             sheet.paste(image, (f * (w * scale + gap), top + label))
     mark = PngInfo()
-    mark.add_text(*_OURS)
-    while path.exists() and not is_ours(path):
+    mark.add_text("Software", "stream-r1")  # comes first in the file
+    while path.exists() and not (path.is_file() and b"Software\0stream-r1" in path.read_bytes()[:99]):
         path = path.with_stem(f"{path.stem}_sheet")
     write_atomically(path, lambda name: sheet.save(name, pnginfo=mark))
     return path
 
 
-def is_ours(path: Path) -> bool:
-    """Whether `contact_sheet` wrote a picture."""
-    try:
-        with Image.open(path) as picture:
-            return _OURS in picture.info.items()
-    except (OSError, SyntaxError, ValueError):
-        return False
-
-
 def video_path(path: str) -> Path:
     """A file that `write_video` can write: known before the work, not after it. Raises BadInput."""
-    out = Path(path)
-    if out.suffix not in FORMATS:
-        raise BadInput(f"--out={path} is not possible; allowed endings: {' '.join(FORMATS)}")
+    out, allowed = Path(path), ".mp4 .gif .webp"
+    if out.suffix not in allowed.split():
+        raise BadInput(f"--out={path} is not possible; allowed endings: {allowed}")
     if out.is_dir():
         raise BadInput(f"--out={path} is a folder; name a file")
     if out.suffix == ".mp4":
@@ -80,8 +68,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
             raise OSError(f"the encoder left {written} of {count} frames")
     else:
         head, *rest = [Image.fromarray(frame) for frame in frames]
-        lossless = {"lossless": True} if path.suffix == ".webp" else {}
-        head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **lossless)
+        head.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0, lossless=True)
 
 
 def ffmpeg(*words: str) -> tuple[bytes, str]:

@@ -23,7 +23,7 @@ def test_sampling(monkeypatch, capsys):
     """Catches numbers that contradict each other or are missing."""
     found = call(monkeypatch, capsys, "--dim=64", "--layers=2", "--chunks=20")
     (row,) = found["rows"]
-    assert row["mode"] == "eager" and found["passes per chunk"] == 5
+    assert row["mode"] == "eager" and found["attention"] == "auto"
     assert 0 < row["diffusion ms p50"] <= row["diffusion ms p99"]
     assert row["diffusion frames/s"] == pytest.approx(4000 / row["diffusion ms p50"])
     assert min(row[k] for k in ("decoded frames/s", "peak MiB", "first chunk ms")) > 0
@@ -53,7 +53,7 @@ def test_a_late_chunk_costs_what_an_early_one_does(cache):
 
 
 def test_operations_are_counted(monkeypatch, capsys):
-    """Catches passes that the count misses: twice the steps is 9 passes instead of 5."""
+    """Catches passes that the count misses: of 9 and 5 chunks' lengths, two share the first pass."""
     small = ("--chunks=2", "--dim=64", "--layers=2")
     few = call(monkeypatch, capsys, *small)["rows"][0]
     grid = "--denoise=1,.875,.75,.625,.5,.375,.25,.125"
@@ -72,7 +72,23 @@ def test_attention_is_counted():
     assert counts[1] - counts[0] == 5 * 2 * 2 * 16 * 16 * 32
 
 
-@pytest.mark.parametrize("argv", [["--chunks=0"], ["--chunks=-1"]])
+@pytest.mark.parametrize("context", ["clean", "aligned"])
+def test_passes_are_counted(context, monkeypatch, capsys):
+    """A chunk is remembered in the next one's first pass, or without one: counted on the network."""
+    typed = {"dim": 32, "heads": 2, "layers": 1, "context": context, "denoise": (1.0, 0.5), "device": "cpu"}
+    seen, model = [], VideoDiT(cfg := build("tiny", typed)).eval()
+    argv = [f"--{k}={','.join(map(str, v)) if k == 'denoise' else v}" for k, v in typed.items()]
+    said = call(monkeypatch, capsys, "--chunks=1", *argv)["passes per chunk"]
+    with torch.inference_mode():
+        parts, _ = bench.start_stream(model, cfg, directly)
+        model.run = lambda *args, run=model.run: seen.append(1) or run(*args)
+        next(parts), next(parts)
+    assert len(seen) == 2 * said == 4
+
+
+@pytest.mark.parametrize(
+    "argv", [["--chunks=0"], ["--chunks=-1"], ["--attention=flash"], ["--attention=fast"]]
+)
 def test_bad_input(argv, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, capsys, *argv)

@@ -58,9 +58,9 @@ def test_a_flush_needs_a_file_that_is_open_for_writing(tmp_path, monkeypatch):
 
 def test_memory_is_unknown_on_windows(monkeypatch):
     """Catches a speed table that needs Unix, and a number that is made up."""
-    assert 10 < bench.peak_memory(Config(device="cpu")) < 1e5
-    monkeypatch.setattr(processes, "resource", None)
-    assert math.isnan(bench.peak_memory(Config(device="cpu")))
+    assert 10 < processes.largest_process("RUSAGE_SELF") < 1e5
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(processes.largest_process("RUSAGE_SELF"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,6 @@ def test_what_only_cuda_has_is_not_asked_of_others(monkeypatch):
     """Catches `not cpu` where CUDA is meant, in what times a stream."""
     cfg = Config(device="mps")
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
-    assert len(bench.seconds_of(iter("ab"), cfg, 2)) == 2
-    assert bench.peak_memory(cfg) > 10
+    assert len(bench.seconds_of(iter("x"), cfg, 1)) == 1
     with autocast(cfg):
         pass
