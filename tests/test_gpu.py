@@ -16,8 +16,10 @@ from torch.testing import assert_close
 
 import config
 import pretrain
+import sample
 import train
-from engine import processes
+from codec import Codec
+from engine import graphs, processes
 from engine.graphs import CudaGraphs
 from engine.rng import rng_for
 from model import RingCache, VideoDiT, _attend
@@ -179,3 +181,34 @@ def test_pretraining_is_the_cpus(nets, tmp_path, monkeypatch):
     """Catches processes that do not survive beside a GPU; clips, noise or text that went elsewhere."""
     one, other = (pretrained(d, nets, tmp_path / d, monkeypatch) for d in ("cuda", "cpu"))
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9
+
+
+def test_the_kernel_that_is_chosen_streams(tiny, build):
+    """In the type a network samples in; and what is typed is refused only if this GPU cannot do it."""
+    for bf16 in (False, True):
+        cfg = replace(tiny, bf16=bf16)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        model, texts = build(cfg).to("cuda", dtype), {0: prompt(cfg, 0)}
+        try:
+            graphs.allow("math")
+            plain = streamed(model, cfg, texts, directly, dtype, chunks=5)
+            for kernel in ("auto", *graphs.kernel_times(replace(cfg, device="cuda"))):
+                chosen = graphs.settled(replace(cfg, attention=kernel)).attention
+                assert kernel in ("auto", chosen)
+                made = streamed(model, cfg, texts, CudaGraphs(), dtype, chunks=5)
+                assert torch.nn.functional.cosine_similarity(made.flatten(), plain.flatten(), dim=0) > 0.98
+        finally:
+            graphs.allow("cudnn", "flash", "mem_efficient", "math")
+
+
+def test_decoding_beside_the_next_chunk_changes_no_frame(tiny, build):
+    """Catches a chunk that is decoded before it is made, or copied before it is decoded."""
+    cfg = replace(tiny, device="cuda", stride=8)
+    model, codec, texts = build(cfg).cuda(), Codec(cfg).eval().cuda(), {0: prompt(cfg, 0)}
+    found = [*sample.decoded(model, codec, texts, cfg, 0, call=CudaGraphs(), chunks=8)]
+    cache = RingCache(model, cfg, 1)
+    with torch.inference_mode():
+        parts = islice(stream(model, texts, cfg, [rng_for(0, "sample", 0)], cache=cache), 8)
+        wanted = [(codec.decode(x)[0].clamp(0, 1) * 255).round().byte().cpu() for x in parts]
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a.int(), b.int(), rtol=0, atol=1)
