@@ -59,6 +59,7 @@ def main() -> None:
         took = "student {:.2f} s, critic {:.2f} s".format(*seconds)
         print(f"step {step}: {took}", flush=True)
     peak = torch.cuda.max_memory_allocated() / memory.GB if cfg.device == "cuda" else float("nan")
+    print(f"{took}, peak {peak:.1f} GB", flush=True)  # the estimate takes a minute or two
     print(f"{took}, peak {peak:.1f} GB, estimate {memory.estimate(cfg, cfg, 1)['total']:.1f} GB")
 
 
