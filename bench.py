@@ -69,29 +69,26 @@ def start_stream(student: VideoDiT, cfg: Config, how) -> tuple:
 
 
 def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: float, peak: float) -> dict:
-    """One row of the table."""
-    if cfg.device == "cuda":
+    """One row of the table. Without CUDA the peak is the process', modes before this one included."""
+    if cuda := cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
     parts, first = start_stream(student, cfg, how())
-    warm = time.perf_counter() - start
+    row = {"mode": name, "first chunk ms": 1e3 * first, "warm-up s": time.perf_counter() - start}
     if flags.profile:
         return profiled(name, parts, cfg)
     seconds, frames = torch.tensor(seconds_of(parts, cfg, flags.chunks)), cfg.chunk * cfg.time_stride
-    row = {"mode": name, "first chunk ms": 1e3 * first, "warm-up s": warm}
     row |= spread("diffusion", seconds, frames)
     if codec is not None:
         row |= spread("decoded", torch.tensor(seconds_of(parts, cfg, flags.chunks, codec.decode)), frames)
     even = played(seconds.tolist(), [frames] * flags.chunks, flags.fps)
-    steps = len(step_grid(cfg, cfg.chunks))
-    row["steps in time"] = steps_in_time(steps, seconds, frames / flags.fps, cfg.context)
+    grid = step_grid(cfg, cfg.chunks)
+    row["steps in time"] = steps_in_time(len(grid), seconds, frames / flags.fps, cfg.context)
     row |= {"late %": 100 * even["late"] / (frames * flags.chunks), "jitter ms p99": 1e3 * even["p99"]}
     row["TFLOP/s"] = flops / float(seconds.quantile(0.5)) / 1e12
     row["share of matmul %"] = 100 * row["TFLOP/s"] / peak
-    row["peak MiB"] = largest_process("RUSAGE_SELF")  # modes before this one included
-    if cfg.device == "cuda":
-        row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else largest_process("RUSAGE_SELF")
     return row
 
 
@@ -124,8 +121,7 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
     with torch.device(cfg.device):
         student = VideoDiT(cfg).eval()
         codec = Codec(cfg).eval() if cfg.stride == 8 and cfg.time_stride == 1 else None
-    if cfg.bf16:
-        student.bfloat16()
+    student.to(torch.bfloat16 if cfg.bf16 else torch.float32)
     modes = {"eager": student.run} | ({"graph": student.run} if cfg.device == "cuda" else {})
     if flags.compile:
         modes["compiled"] = compiled(student.run, cfg.device)

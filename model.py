@@ -249,8 +249,7 @@ class Attention(nn.Module):
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(b n a*d) → keys, without positions, and values (b n a d)."""
-        k, v = self.k(x), self.v(x)
-        k = self.norm_k(k).to(k.dtype)
+        k, v = self.norm_k(k := self.k(x)).to(k.dtype), self.v(x)
         return tuple(rearrange(z, "b n (a d) -> b n a d", a=self.heads) for z in (k, v))
 
 

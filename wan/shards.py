@@ -93,6 +93,5 @@ def _shards(run, names: tuple[str, ...]) -> dict:
 
 
 def _parts(run, names: tuple[str, ...]) -> dict:
-    """Networks with their optimizers, if any."""
     opts = {"student": run.student_opt, "critic": run.critic_opt}
     return {name: (getattr(run, name), opts.get(name, ())) for name in names}
