@@ -1,7 +1,9 @@
 """The student as ONNX files, and as the page that runs them: equal to what sample.py makes."""
 
+import base64
 import functools
 import http.server
+import io
 import shutil
 import threading
 from itertools import islice
@@ -9,6 +11,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import SMALL, in_process
 
 from codec import Codec
@@ -105,11 +108,13 @@ def test_onnx_is_the_student(dist, own):
 COLLECT = """async ([first, second, seed, compared, all]) => {
   const { connect } = await import("./source.js");
   const frames = [], prompts = [], memory = [], refused = [];
+  let engine;
   return new Promise((done) => {
     const send = connect({
       lost() {}, line() {},
       refused(why) { refused.push(why); },
-      hello() {
+      hello(message) {
+        engine = message.engine;
         send({ type: "rate", fps: 60 });
         send({ type: "start", prompt: first, seed });
       },
@@ -118,7 +123,7 @@ COLLECT = """async ([first, second, seed, compared, all]) => {
         if (head.chunk === 2) send({ type: "prompt", prompt: second });
         if (head.chunk === 6) send({ type: "prompt", prompt: "a bleu ring" });
         if (head.chunk !== undefined) memory.push(performance.memory.usedJSHeapSize);
-        if (prompts.length > all) done({ frames, prompts, memory, refused });
+        if (prompts.length > all) done({ frames, prompts, memory, refused, engine });
         if (prompts.length > compared) return;
         const ink = new OffscreenCanvas(image.width, image.height).getContext("2d");
         ink.drawImage(image, 0, 0);
@@ -129,25 +134,73 @@ COLLECT = """async ([first, second, seed, compared, all]) => {
 }"""
 
 
-@pytest.mark.browser
-def test_the_page_shows_what_sample_makes(dist, own, browser):
-    """From a server of plain files: the frames of sample.py for that seed, through a prompt switch, within 2
-    of 255; memory is flat over 60 chunks, and an unknown word is answered with the near miss."""
-    cfg, student, codec, read = own
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=dist)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+@pytest.fixture(scope="module")
+def static(dist):
+    """A server of plain files: its address."""
+
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Silent, directory=dist)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        page = browser.new_page()
-        page.goto(f"http://127.0.0.1:{server.server_port}/words.js")
-        found = page.evaluate(COLLECT, [RED, BLUE, 5, 12, 60])
+        yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("engine, count", [("wasm", 60), ("webgpu", 9)])
+def test_the_page_shows_what_sample_makes(static, own, browser, engine, count):
+    """The frames of sample.py for that seed, through a prompt switch, within 2 of 255; memory is flat over 60
+    chunks, and an unknown word is answered with the near miss."""
+    cfg, student, codec, read = own
+    page = browser.new_page()
+    page.goto(f"{static}words.js?engine={engine}")
+    found = page.evaluate(COLLECT, [RED, BLUE, 5, min(count, 12), count])
+    page.close()
+    assert found["engine"].startswith("WebGPU" if engine == "webgpu" else "WebAssembly,")
     switch = found["prompts"].index(BLUE)
     assert 3 <= switch <= 5
     texts = {0: read(RED), switch: read(BLUE)}
     with torch.no_grad():
-        chunks = list(islice(stream(student, texts, cfg, [rng_for(5, "sample", 0)]), 12))
+        chunks = islice(stream(student, texts, cfg, [rng_for(5, "sample", 0)]), min(count, 12))
         wanted = torch.cat([to_uint8(codec.decode(x)[0]) for x in chunks]).numpy()
     frames = np.array(found["frames"]).reshape(-1, cfg.height, cfg.width, 4)[..., :3]
     assert abs(frames - wanted).max() <= 2
-    assert max(found["memory"][40:]) - max(found["memory"][15:30]) < 2**22
     assert "did you mean 'blue'?" in found["refused"][0]
+    if count == 60:
+        assert max(found["memory"][40:]) - max(found["memory"][15:30]) < 2**22
+
+
+@pytest.mark.browser
+def test_without_webgpu_the_page_says_so_and_its_controls_work(static, browser):
+    """WebGPU is there and its runtime does not load. Saved frames are those that the page has shown."""
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.route("**/*asyncify.wasm", lambda route: route.abort())
+    page.goto(f"{static}?engine=webgpu")
+    wait = page.wait_for_function
+    wait("document.getElementById('chunk').textContent > 1")
+    assert page.inner_text("#engine").startswith("WebAssembly, as WebGPU failed, a download of ")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#words button").count() > 10
+    page.click("#pause")
+    page.wait_for_timeout(300)
+    shown = page.evaluate("document.getElementById('video').toDataURL()")
+    with page.expect_download() as download:
+        page.click("text=Save the last")
+    with Image.open(download.value.path()) as film:
+        assert film.format == "PNG" and film.n_frames >= 8 and film.info["duration"] == 125
+        film.seek(film.n_frames - 1)
+        last = np.asarray(film.convert("RGB"))[::8, ::8].astype(int)
+    picture = Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))).convert("RGB")
+    assert abs(np.asarray(picture)[::16, ::16] - last).max() <= 1
+    page.click("#pause")
+    page.fill("#seed", "3")
+    page.click("#restart")
+    wait("document.getElementById('chunk').textContent === '0'")
+    page.locator("#rate").fill("4")
+    assert page.inner_text("#speed") == "32 frames/s"
+    wait("document.getElementById('fps').textContent.endsWith('of 32')")
+    page.close()

@@ -6,7 +6,8 @@
 A pass of the student is one network: a noised chunk, its noise level, the prompt, and what is remembered,
 keys before RoPE, go in; the velocity and the chunk's own keys and values come out. What is around it (noise,
 steps, the cache, the prompt's words) is web/student.js. It needs the extra "web" and npm, which fetches
-onnxruntime-web. For students with the learned codec and the world's words.
+onnxruntime-web: it runs the networks on WebGPU or, where a browser has none, in WebAssembly. For students
+with the learned codec and the world's words.
 """
 
 from engine import openmp  # isort: skip  # noqa: F401  (before torch loads)
@@ -28,11 +29,12 @@ from networks import load_net
 from rollout import context_level, step_grid
 from world.words import KINDS, VOCABULARY, vector
 
-PAGE = {"local.js": "source.js"} | {
-    name: name for name in ("index.html", "style.css", "live.js", "student.js")
+PAGE = ("index.html", "style.css", "live.js", "apng.js", "student.js", "noise.js", "words.js")
+_SIMD = "ort-wasm-simd-threaded"
+RUNTIME = {  # by the engine that a browser has
+    "wasm": ("ort.wasm.min.mjs", f"{_SIMD}.mjs", f"{_SIMD}.wasm"),
+    "webgpu": ("ort.webgpu.min.mjs", f"{_SIMD}.asyncify.mjs", f"{_SIMD}.asyncify.wasm"),
 }
-PAGE |= {"noise.js": "noise.js", "words.js": "words.js"}
-RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,17 @@ def main() -> None:
     out, dist = writable_folder(flags.out), runtime()
     codec = load_net(path.with_name("codec.safetensors"), cfg, "codec")
     files = networks(cfg, load_net(path, cfg, header["kind"]), codec)
-    files |= {name: (dist / name).read_bytes() for name in RUNTIME}
-    megabytes = round(sum(map(len, files.values())) / 2**20)
+    files |= {name: (ROOT / "web" / name).read_bytes() for name in PAGE}
+    files["source.js"] = (ROOT / "web" / "local.js").read_bytes()
+    own, megabytes = sum(map(len, files.values())), {}  # of a visit: its engine's runtime alone is loaded
+    for engine, names in RUNTIME.items():
+        files |= {name: (dist / name).read_bytes() for name in names}
+        megabytes[engine] = round((own + sum(len(files[name]) for name in names)) / 2**20)
     files["tables.json"] = json.dumps(tables(cfg) | {"megabytes": megabytes}).encode()
-    files |= {name: (ROOT / "web" / source).read_bytes() for source, name in PAGE.items()}
     for name, content in files.items():
         write_atomically(out / name, lambda file, content=content: file.write_bytes(content))
-    print(f"{out}: a download of {megabytes} MB; 'python -m http.server -d {out}' shows it")
+    sizes = "{wasm} MB for WebAssembly, {webgpu} MB for WebGPU".format(**megabytes)
+    print(f"{out}: a download of {sizes}; 'python -m http.server -d {out}' shows it")
 
 
 if __name__ == "__main__":

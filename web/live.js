@@ -17,7 +17,7 @@ const send = connect({
     ink.imageSmoothingEnabled = zoom === 1;
     $("map").replaceChildren(...hello.maps.map((name) => new Option(name === "fused" ? "all axes" : name, name)));
     for (const id of ["saliency", "when", "rewards"]) $(id).hidden = !hello.maps.length;
-    $("save").hidden = hello.local;
+    $("engine").textContent = hello.engine;
     $("prompt").value ||= hello.prompt;
     offer(hello.words);
     begin();
@@ -34,14 +34,13 @@ const send = connect({
     refuse(why);
   },
   clip(blob) {
-    const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: "stream.mp4" });
+    const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: hello.file });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     $("save").disabled = false;
   },
   frame(head, image, map) {
     if (head.chunk !== undefined) news(head);
-    frame?.image.close?.();
     frame = { image, map: map.length ? map : null, place: head.place };
     if (head.place === 0 || !pictures.has(facts.chunk)) remember(facts.chunk, image);
     draw();
@@ -172,7 +171,8 @@ function news(head) {
   $("can").textContent = `${Math.round(head.can)} frames/s`;
   $("steps").textContent = `${head.steps} of ${hello.steps}`;
   $("chunk").textContent = `${head.chunk}`;
-  $("mem").textContent = hello.local ? "–" : `${Math.round(head.memory)} MiB`;
+  $("mem").parentElement.hidden = head.memory === undefined;
+  $("mem").textContent = `${Math.round(head.memory)} MiB`;
   const less = head.steps < hello.steps;
   $("slow").hidden = fit && !less;
   $("slow").textContent = less

@@ -1,13 +1,15 @@
 // Where frames come from when the student runs in this page: a worker makes chunks, they are shown at an even
 // rate. What live/server.py does for many viewers, for one.
+import { animated } from "./apng.js";
 import { meaning } from "./words.js";
 
-const LOST = 2, CATCH_UP = 0.8; // live/server.py, live/pace.py
+const LOST = 2, CATCH_UP = 0.8, CLIP = 10; // live/server.py, live/pace.py
 
 export function connect(on) {
-  const worker = new Worker("student.js", { type: "module" });
+  const worker = new Worker("student.js" + location.search, { type: "module" });
   let tables, rate, wish = null, asked = 0, answered = 0, first = 0, frames = 0, paused = null, loaded = false;
   let due = null, last = 0, times = [], took = [], coming = null;
+  const kept = [];
   const now = () => performance.now() / 1000;
   const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * Math.max(seconds, 0)));
 
@@ -16,12 +18,14 @@ export function connect(on) {
     if (data.hello) {
       tables = data.hello;
       rate = tables.fps;
-      on.lost(`loading the student, ${tables.megabytes} MB`);
+      on.lost(`loading the student for ${data.engine}: ${data.megabytes} MB`);
     } else if (data.loaded) {
       loaded = true;
-      on.hello({ ...tables, rate, streams: 1, steps: tables.grid.length, maps: [], prompt: tables.prompt, local: true });
+      const engine = `${data.loaded.engine}, a download of ${data.loaded.megabytes} MB`;
+      on.hello({ ...tables, rate, streams: 1, steps: tables.grid.length, maps: [], engine, file: "stream.png" });
       on.line(0);
-    } else coming({ ...data, ready: now() });
+    } else if (data.failed) on.lost(`this browser cannot run the student: ${data.failed}`);
+    else coming({ ...data, ready: now() });
   };
 
   const restart = () => {
@@ -52,6 +56,7 @@ export function connect(on) {
     last = now();
     due = last - wanted < LOST ? wanted + gap : null;
     times = [...times.slice(-239), [wanted, chunk.ready, last]];
+    if (kept.push(chunk.images[i]) > CLIP * tables.fps) kept.shift().close();
     const head = { type: "frame", frame: ++frames, place: i };
     on.frame(i ? head : { ...head, ...chunk.about, prompt: chunk.wish.prompt, steps: tables.grid.length, ...timing(chunk) }, chunk.images[i], []);
   }
@@ -79,6 +84,8 @@ export function connect(on) {
       wish = { run: 0, seed: 0, ...wish, ...said, asked: now() };
       if (type === "start") wish.run++;
       if (!begun) play();
+    } else if (type === "clip") {
+      animated(kept.slice(-said.seconds * tables.fps), tables.fps, 256).then(on.clip, (error) => on.refused(error.message));
     } else if (type === "rate") {
       rate = said.fps;
       restart();

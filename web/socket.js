@@ -1,7 +1,7 @@
 // Where frames come from when a server makes them: one WebSocket, opened again whenever it closes.
 
 export function connect(on) {
-  let socket = null, wait = 0.5, turn = Promise.resolve();
+  let socket = null, wait = 0.5, turn = Promise.resolve(), shown = null;
 
   function open() {
     socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/stream`);
@@ -33,6 +33,8 @@ export function connect(on) {
     if (head.type === "clip") return on.clip(new Blob([body], { type: "video/mp4" }));
     const image = await createImageBitmap(new Blob([body.subarray(0, head.jpeg)], { type: "image/jpeg" }));
     on.frame(head, image, body.subarray(head.jpeg));
+    shown?.close();
+    shown = image;
     if (mine.readyState === WebSocket.OPEN) mine.send(JSON.stringify({ type: "ack", frame: head.frame }));
   }
 

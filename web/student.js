@@ -1,37 +1,70 @@
 // The student in a worker: what rollout.stream does, a chunk at a time, with the networks as ONNX files.
-import * as ort from "./ort.wasm.min.mjs";
 import { Generator } from "./noise.js";
 import { meaning } from "./words.js";
 
-ort.env.wasm.numThreads = 1; // more need headers that a server of plain files does not send
-let tables, pass, decoder, stream = null;
+let ort, tables, pass, decoder, stream = null;
 
+// on WebGPU where there is one, else on WebAssembly; ?engine=wasm and ?engine=webgpu (also one that a CPU
+// imitates, which is slow) choose
 const ready = (async () => {
   tables = await (await fetch("tables.json")).json();
-  postMessage({ hello: tables });
-  const open = (file) => ort.InferenceSession.create(file, { executionProviders: ["wasm"] });
-  [pass, decoder] = await Promise.all([open("pass.onnx"), open("decoder.onnx")]);
-  postMessage({ loaded: true });
+  const asked = new URLSearchParams(location.search).get("engine");
+  const gpu = asked === "wasm" ? null : await navigator.gpu?.requestAdapter().catch(() => null);
+  const able = gpu && (asked === "webgpu" || !gpu.info?.isFallbackAdapter);
+  let why = "";
+  for (const engine of able ? ["webgpu", "wasm"] : ["wasm"]) {
+    const about = { engine: (engine === "wasm" ? "WebAssembly" : "WebGPU") + why, megabytes: tables.megabytes[engine] };
+    postMessage({ hello: tables, ...about });
+    try {
+      await opened(engine);
+      return postMessage({ loaded: about });
+    } catch (error) {
+      if (engine === "wasm") throw error;
+      why = ", as WebGPU failed";
+      console.warn(`WebGPU failed: ${error.message}`);
+    }
+  }
 })();
+ready.catch(failed);
+
+// and a first pass of each: what a driver cannot do shows there, and shaders are compiled
+async function opened(engine) {
+  ort = await import(`./ort.${engine}.min.mjs`);
+  ort.env.wasm.numThreads = 1; // more need headers that a server of plain files does not send
+  const open = (file) => ort.InferenceSession.create(file, { executionProviders: [engine] });
+  [pass, decoder] = [await open("pass.onnx"), await open("decoder.onnx")];
+  stream = begun({ prompt: tables.prompt, seed: 0 });
+  const { v } = await run(new Float32Array(tables.chunk * tables.latent.reduce((a, b) => a * b)), 1);
+  await pictures(v);
+  stream = null;
+}
+
+function failed(error) {
+  postMessage({ failed: error.message ?? String(error) });
+}
 
 // {prompt, seed, run}: a stream with another `run` begins anew, with another prompt it goes on
-onmessage = async ({ data: wish }) => {
-  await ready;
+onmessage = ({ data: wish }) => ready.then(() => made(wish)).catch(failed);
+
+async function made(wish) {
   const begin = performance.now();
   if (stream?.wish.run !== wish.run) stream = begun(wish);
   else if (stream.wish.prompt !== wish.prompt) await switched(wish);
   else if (stream.behind) commit((await run(stream.behind, 0)).kv);
-  const about = remembered(), x = await denoised();
-  const { frames } = await decoder.run({ x: tensor(x, [1, tables.chunk, ...tables.latent]) });
-  const [h, w] = tables.size, size = 4 * h * w, bytes = new Uint8ClampedArray(frames.data);
-  const images = await Promise.all(Array.from({ length: tables.chunk }, (_, i) =>
-    createImageBitmap(new ImageData(bytes.slice(i * size, (i + 1) * size), w, h))));
+  const about = remembered(), x = await denoised(), images = await pictures(x);
   stream.behind = x;
   (stream.first.length < tables.sink ? stream.first : stream.recent).push(x);
   if (stream.recent.length > tables.cached - tables.sink) stream.recent.shift();
   about.chunk = stream.number++;
   postMessage({ images, about, wish, seconds: (performance.now() - begin) / 1000 }, images);
-};
+}
+
+async function pictures(x) {
+  const { frames } = await decoder.run({ x: tensor(x, [1, tables.chunk, ...tables.latent]) });
+  const [h, w] = tables.size, size = 4 * h * w, bytes = new Uint8ClampedArray(frames.data);
+  return Promise.all(Array.from({ length: tables.chunk }, (_, i) =>
+    createImageBitmap(new ImageData(bytes.slice(i * size, (i + 1) * size), w, h))));
+}
 
 function begun(wish) {
   const seed = new Generator(wish.seed, "sample", 0).seed();
