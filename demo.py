@@ -33,7 +33,8 @@ class Flags:
 def main() -> None:
     preset, typed, flags = read_cli(None, Flags, __doc__)
     try:
-        from live.server import application, listen, serve, studio_of
+        from live.server import application, listen, serve
+        from live.show import studio_of
     except ModuleNotFoundError as error:
         raise BadInput(f"demo.py needs {error.name}: pip install -e '.[demo]'") from error
     if not (1 <= flags.streams <= 64 and 0 <= flags.deadline <= 60):
@@ -42,8 +43,7 @@ def main() -> None:
     taken = listen(flags.host, flags.port)
     cfg, student, codec, read = open_networks(preset, typed, flags)
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # of every stream
-    studio = studio_of(cfg, student, codec, read, flags)
-    serve(application(studio, flags.streams, flags.host), taken)
+    serve(application(studio_of(cfg, student, codec, read, flags), flags.streams, flags.host), taken)
 
 
 if __name__ == "__main__":

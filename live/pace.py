@@ -59,8 +59,6 @@ def fitting_steps(steps: int, most: int, took: Sequence[float], period: float) -
     """Denoising steps for the next chunks, from the seconds that chunks of `steps` `took` and the `period`
     that playback leaves them: one fewer if most of the last three were too slow, one more if the last eight
     leave room for it. Besides its steps a chunk costs a pass for the cache."""
-    if steps > 1 and sum(seconds > period for seconds in list(took)[-3:]) > 1:
-        return steps - 1
-    if len(took) >= 8 and steps < most and max(took) * (steps + 2) / (steps + 1) < 0.8 * period:
-        return steps + 1
-    return steps
+    slow = sum(seconds > period for seconds in list(took)[-3:]) > 1
+    room = len(took) >= 8 and steps_in_time(steps, took, 0.8 * period, "clean") > steps
+    return min(max(steps + room - slow, 1), most)

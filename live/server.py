@@ -2,7 +2,8 @@
 
 Text messages are JSON, `MESSAGES` says which a viewer may send. A frame is a binary message: the length of
 its head (4 bytes, little-endian), the head (JSON), a JPEG, and the map that was asked for. A viewer
-acknowledges frames; while it owes `IN_FLIGHT` of them, others are dropped. Who finds no stream waits in line.
+acknowledges frames; while it owes `IN_FLIGHT` of them, others are dropped. A viewer's binary message is a
+frame of its camera, pixels of the stream's size. Who finds no stream waits in line.
 """
 
 import asyncio
@@ -10,37 +11,34 @@ import json
 import re
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 
-import torch
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import Response
+from starlette.responses import FileResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from config import ROOT, BadInput, Config
+from config import ROOT, BadInput
 from live.pace import figures, fitting_steps, shown_at
-from live.show import Chunk, Show, Wish, about, look_inside, memory, mp4
+from live.show import Chunk, Studio, Wish, memory, mp4
 
 IN_FLIGHT = 8  # frames that a viewer may owe
+LARGEST = 2**18  # bytes of a viewer's message: a picture of 256 x 256 pixels
 WAITING = 100  # viewers in line
 CLIP = 10  # seconds of video kept for saving
-PATIENCE = 60.0  # seconds until a viewer in its seat has to start
+PATIENCE = 60.0  # seconds that a viewer may keep a seat without a stream while others wait
 LOST = 2.0  # seconds behind at which deadlines start anew
-PAGE = {"/": "index.html", "/style.css": "style.css", "/live.js": "live.js", "/source.js": "socket.js"}
+PAGE = {"/": "index.html", "/source.js": "socket.js"}
+PAGE |= {f"/{name}": name for name in ("style.css", "live.js", "camera.js")}
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache",
-}  # fmt: skip
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+_POLICY = "default-src 'self'; img-src 'self' blob: data:; media-src blob:; frame-ancestors 'none'"
+_HEADERS["Content-Security-Policy"] = _POLICY
 
 # what a viewer may send: a message's fields, each with its type and its bounds (of a text's length)
 _PROMPT, _SEED = (str, 1, 200), (int, 0, 2**31 - 1)
@@ -52,6 +50,7 @@ MESSAGES = {
     "look": {"map": (str, 0, 5)},
     "ack": {"frame": (int, 0, 2**53)},
     "clip": {"seconds": (int, 1, CLIP)},
+    "camera": {"strength": (float, 0, 1)},
 }
 
 
@@ -60,7 +59,7 @@ def understood(raw: str | None) -> dict:
     try:
         message = json.loads(raw or "")
     except (ValueError, RecursionError) as error:
-        raise BadInput("a message is JSON text") from error
+        raise BadInput("a message is JSON text, or a camera's picture of the stream's size") from error
     if not isinstance(message, dict) or message.get("type") not in list(MESSAGES):
         raise BadInput(f"a message's type is one of: {' '.join(MESSAGES)}")
     form = MESSAGES[message["type"]]
@@ -85,30 +84,6 @@ def is_own(origin: str | None, host: str, bound: str) -> bool:
     return origin.partition("//")[2] == host and (bound not in local or name in local)
 
 
-@dataclass(frozen=True)
-class Studio:
-    """Where streams come from. These functions are called in threads."""
-
-    hello: dict  # for the page: sizes, rates, words
-    read: Callable[[str], object]  # a prompt → text; raises BadInput
-    open: Callable[[], Callable[[Wish], Chunk]]  # a new stream: a wish → its next chunk
-    save: Callable[[list[bytes]], bytes]  # JPEGs → a video file
-    memory: Callable[[], float]  # MiB
-
-
-def studio_of(cfg: Config, student, codec, read, flags) -> Studio:
-    """Streams of this student, shown as demo.py's flags say."""
-    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-    codec, (reward, words) = codec.to(cfg.device), look_inside(flags, cfg)
-    return Studio(
-        about(cfg, words, reward, flags.streams, flags.deadline, flags.adapt),
-        read=lambda prompt: read(prompt).to(cfg.device),
-        open=partial(Show, cfg, student, codec, reward),
-        save=partial(mp4, fps=cfg.fps, zoom=max(1, 256 // min(cfg.height, cfg.width))),
-        memory=partial(memory, cfg.device),
-    )
-
-
 class Line:
     """Threads for streams. Who finds none waits, in order, and is told its place."""
 
@@ -130,10 +105,6 @@ class Line:
             self.waiting.remove(turn)
             self.wake()
 
-    def give(self, thread: ThreadPoolExecutor) -> None:
-        self.free.append(thread)
-        self.wake()
-
     def wake(self) -> None:
         for turn in self.waiting:
             turn.set()
@@ -142,11 +113,12 @@ class Line:
 class Viewer:
     """One connection: what it wishes, what it is shown, and when."""
 
-    def __init__(self, socket: WebSocket, studio: Studio):
-        self.socket, self.studio, self.rate = socket, studio, studio.hello["rate"]
+    def __init__(self, socket: WebSocket, studio: Studio, line: Line):
+        self.socket, self.studio, self.line, self.rate = socket, studio, line, studio.hello["rate"]
         self.wish = Wish("", None, 0, studio.hello["steps"])
         self.started, self.running = asyncio.Event(), asyncio.Event()
         self.running.set()
+        self.strength, self.camera = 0.0, deque(maxlen=studio.hello["camera"])  # its latest frames
         self.sent = self.acknowledged = self.dropped = 0
         self.kept: deque[bytes] = deque(maxlen=CLIP * studio.hello["fps"])
         self.clips: asyncio.Queue[int] = asyncio.Queue(1)
@@ -159,9 +131,9 @@ class Viewer:
         self.due: float | None = None
         self.times: deque[tuple[float, float, float]] = deque(maxlen=240)  # due, ready, shown
 
-    async def serve(self, line: Line) -> None:
+    async def serve(self) -> None:
         """Until it leaves, or says nothing at all."""
-        jobs = [asyncio.create_task(job) for job in (self.listen(), self.stream(line), self.save())]
+        jobs = [asyncio.create_task(job) for job in (self.listen(), self.stream(), self.save())]
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -172,16 +144,24 @@ class Viewer:
             return
         if not isinstance(end, TimeoutError):
             raise end
-        await self.socket.close(1008, "no start was asked for")
+        await self.socket.close(1008, str(end))
 
-    async def tell(self, kind: str, **fields) -> None:
-        await self.socket.send_text(json.dumps({"type": kind} | fields))
+    async def tell(self, kind: str, *parts: bytes, **fields) -> None:
+        text = json.dumps({"type": kind} | fields)
+        if not parts:
+            return await self.socket.send_text(text)
+        head = text.encode()
+        await self.socket.send_bytes(len(head).to_bytes(4, "little") + head + b"".join(parts))
 
     # -- what it says ----------------------------------------
     async def listen(self) -> None:
+        height, width = self.studio.hello["size"]
         while (message := await self.socket.receive())["type"] == "websocket.receive":
             try:
-                await self.hear(**understood(message.get("text")))
+                if self.strength and len(message.get("bytes") or b"") == 4 * height * width:
+                    self.camera.append(message["bytes"])
+                else:
+                    await self.hear(**understood(message.get("text")))
             except BadInput as error:
                 await self.tell("refused", why=str(error))
 
@@ -198,6 +178,9 @@ class Viewer:
             if said["map"] not in ("", *self.studio.hello["maps"]):
                 raise BadInput(f"map is one of: {' '.join(self.studio.hello['maps'])}")
             self.wish = replace(self.wish, map=said["map"])
+        elif type == "camera":
+            self.strength = said["strength"]
+            self.camera.clear()
         elif type == "clip":
             if self.clips.full() or not self.kept:
                 raise BadInput("one clip at a time, once there are frames")
@@ -210,15 +193,25 @@ class Viewer:
             self.restart_clock()
 
     # -- what it is shown ----------------------------------------
-    async def stream(self, line: Line) -> None:
+    async def stream(self) -> None:
         await self.tell("hello", **self.studio.hello)
-        thread = await line.take(lambda place: self.tell("line", place=place))
+        thread = await self.line.take(lambda place: self.tell("line", place=place))
         try:
             await self.tell("line", place=0)
-            await asyncio.wait_for(self.started.wait(), PATIENCE)
+            await self.hold(self.started, "no start was asked for")
             await self.play(thread)
         finally:
-            line.give(thread)  # what it still computes, a chunk at most, comes before the next viewer's
+            self.line.free.append(thread)  # what it still computes, a chunk at most, comes first
+            self.line.wake()
+
+    async def hold(self, event: asyncio.Event, why: str) -> None:
+        """Keep the seat until the event, but not for longer than PATIENCE while others wait."""
+        while not event.is_set():
+            try:
+                await asyncio.wait_for(event.wait(), PATIENCE)
+            except TimeoutError:
+                if self.line.waiting:
+                    raise TimeoutError(f"{why} while others wait") from None
 
     async def play(self, thread: ThreadPoolExecutor) -> None:
         """Chunk after chunk; the next one is begun as late as its deadline allows, so that it can heed what
@@ -227,7 +220,9 @@ class Viewer:
 
         async def make(start: float) -> tuple[Chunk, float]:
             await asyncio.sleep(start - time.monotonic())
-            return await loop.run_in_executor(thread, next_chunk, self.wish), time.monotonic()
+            over = tuple(self.camera) if len(self.camera) == self.camera.maxlen else ()
+            wish = replace(self.wish, over=over, strength=self.strength if over else 0.0)
+            return await loop.run_in_executor(thread, next_chunk, wish), time.monotonic()
 
         coming = asyncio.create_task(make(0))
         try:
@@ -256,7 +251,7 @@ class Viewer:
         """Its frames, each at its time."""
         self.news = chunk.about | {"prompt": chunk.wish.prompt, "steps": chunk.wish.steps}
         for i, jpeg in enumerate(chunk.frames):
-            await self.running.wait()
+            await self.hold(self.running, "the stream was paused")
             due, gap = self.due or max(time.monotonic(), ready), 1 / self.rate
             await asyncio.sleep(shown_at(due, ready, self.last, gap) - time.monotonic())
             self.last = time.monotonic()
@@ -273,7 +268,7 @@ class Viewer:
         due, ready, shown = zip(*self.times, strict=True)
         rate = (len(shown) - 1) / (shown[-1] - shown[0]) if len(shown) > 1 else self.rate
         facts = {"first": self.first, "rate": rate, "of": len(due), "dropped": self.dropped}
-        facts |= {"can": len(chunk.frames) / chunk.seconds, "memory": self.studio.memory()}
+        facts |= {"can": len(chunk.frames) / chunk.seconds, "memory": memory()}
         return facts | figures(due, ready, shown, 1 / self.rate)
 
     async def send(self, jpeg: bytes, map: bytes, i: int) -> None:
@@ -281,54 +276,41 @@ class Viewer:
             self.dropped += 1
             return
         self.sent += 1
-        head = json.dumps(
-            {"type": "frame", "frame": self.sent, "place": i, "jpeg": len(jpeg)} | self.news
-        ).encode()
+        await self.tell("frame", jpeg, map, frame=self.sent, place=i, jpeg=len(jpeg), **self.news)
         self.news = {}
-        await self.socket.send_bytes(len(head).to_bytes(4, "little") + head + jpeg + map)
 
     async def save(self) -> None:
         """The last seconds of video, whenever they are asked for."""
         while True:
             seconds = await self.clips.get()
             frames = list(self.kept)[-seconds * self.studio.hello["fps"] :]
-            video = await asyncio.to_thread(self.studio.save, frames)
-            head = json.dumps({"type": "clip"}).encode()
-            await self.socket.send_bytes(len(head).to_bytes(4, "little") + head + video)
+            zoom = max(1, 256 // min(self.studio.hello["size"]))
+            await self.tell("clip", await asyncio.to_thread(mp4, frames, self.studio.hello["fps"], zoom))
 
 
 def application(studio: Studio, streams: int, bound: str) -> Starlette:
-    line, folder = Line(streams), ROOT / "web"
+    line = Line(streams)
 
-    def page(name: str):
-        body, kind = (folder / name).read_bytes(), _TYPES[Path(name).suffix]
-
-        async def give(request) -> Response:
-            return Response(body, media_type=kind, headers=_HEADERS)
-
-        return give
+    async def page(request) -> FileResponse:
+        file = ROOT / "web" / PAGE[request.url.path]
+        return FileResponse(file, media_type=_TYPES[file.suffix], headers=_HEADERS)
 
     async def talk(socket: WebSocket) -> None:
         if not is_own(socket.headers.get("origin"), socket.headers.get("host", ""), bound):
-            await socket.close()  # before it is accepted: HTTP 403
-            return
+            return await socket.close()  # before it is accepted: HTTP 403
         await socket.accept()
         if len(line.waiting) >= WAITING:
-            await socket.close(1013, "too many are waiting; try again later")
-            return
-        await Viewer(socket, studio).serve(line)
+            return await socket.close(1013, "too many are waiting; try again later")
+        await Viewer(socket, studio, line).serve()
 
-    routes = [Route(path, page(name)) for path, name in PAGE.items()]
-    return Starlette(routes=[*routes, WebSocketRoute("/stream", talk)])
+    return Starlette(routes=[*(Route(path, page) for path in PAGE), WebSocketRoute("/stream", talk)])
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Raises BadInput: before the networks are opened."""
     try:
-        if port > 65535:  # which getaddrinfo would take modulo 65536
-            raise OverflowError("ports end at 65535")
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        family, *_, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((address[0], port), family=family)
     except (OSError, OverflowError) as error:
         where = f"--host={host} --port={port} is not possible"
         raise BadInput(f"{where}: {error}; allowed: a free port") from error
@@ -339,11 +321,9 @@ def serve(app: Starlette, listening: socket.socket) -> None:
     told why (1012), unless an answer of theirs crosses the end: TCP then drops what was not read."""
     host, port = listening.getsockname()[:2]
     print(f"open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
-    # small messages alone; a viewer that answers no ping for that long has left
-    limits = dict(ws_max_size=4096, ws_per_message_deflate=False, ws_ping_interval=15, ws_ping_timeout=15)
-    if threading.current_thread() is threading.main_thread():
-        for ends in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them once more when all is closed
-            signal.signal(ends, lambda *_: None)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", **limits)).run(
-        sockets=[listening]
-    )
+    # a viewer that answers no ping for that long has left
+    limits = dict(ws_max_size=LARGEST, ws_per_message_deflate=False, ws_ping_interval=15, ws_ping_timeout=15)
+    for ends in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them once more when all is closed
+        signal.signal(ends, lambda *_: None)
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", **limits)
+    uvicorn.Server(config).run(sockets=[listening])

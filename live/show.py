@@ -1,13 +1,15 @@
 """A stream that can be asked for something else before every chunk: another prompt, seed, number of steps."""
 
 import io
-import os
 import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,8 @@ class Wish:
     run: int = 0  # counts its starts
     asked: float = 0.0  # seconds, when it gave the prompt
     map: str = ""  # of overlay.MAPS, or none
+    strength: float = 0.0  # video to video: how much of the camera's pictures turns into noise; 0: no camera
+    over: tuple[bytes, ...] = ()  # its pictures for a chunk, H W 4 bytes each: red, green, blue, anything
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,24 @@ class Show:
             cache = RingCache(self.student, cfg, 1, self.student.patch_embedding.weight.dtype)
         call = CudaGraphs() if cfg.device == "cuda" else directly
         rngs, past = [rng_for(wish.seed, "sample", self.restarts)], (*self.first, *self.recent)
-        self.parts = stream(self.student, self.texts, cfg, rngs, past=past, cache=cache, call=call)
+        over = (self.source for _ in repeat(None)) if wish.strength else None
+        how = {"past": past, "cache": cache, "call": call, "over": over, "strength": wish.strength}
+        self.parts = stream(self.student, self.texts, cfg, rngs, **how)
 
     def __call__(self, wish: Wish) -> Chunk:
         begin = time.monotonic()
         with _GPU if self.cfg.device == "cuda" else nullcontext():
             if self.wish is None or wish.run != self.wish.run:
                 self.start(wish)
-            elif wish.steps != self.wish.steps:
+            elif (wish.steps, wish.strength) != (self.wish.steps, self.wish.strength):
                 self.restarts += 1
                 self.open(wish)
             elif wish.text is not self.wish.text:
                 self.texts[self.index], self.rebuilt = wish.text, self.number
             self.wish, about = wish, remembered(self.cfg, self.number, self.rebuilt)
             with torch.inference_mode():
+                if wish.over:
+                    self.source = self.codec.encode(video_of(wish.over, self.cfg))
                 x = next(self.parts)
                 video01 = self.decode(x)[0].float().cpu()
             self.texts.clear()  # they have been read
@@ -104,25 +112,42 @@ class Show:
         return Chunk(wish, frames, [m.tobytes() for m in maps], time.monotonic() - begin, about)
 
 
-def look_inside(flags, cfg: Config):
-    """→ the reward beside the codec, if there is one, and the words of prompts, by kind."""
-    if flags.wan:
-        return None, {}
-    path = Path(flags.student or ROOT / "assets" / cfg.preset / "stream_r1.safetensors")
-    header = read_header(path)
-    beside = find_codec(flags.codec, path, header).with_name("reward.safetensors")
-    reward = load_net(beside, cfg, "reward").requires_grad_(False) if beside.exists() else None
-    return reward, {"word": header.get("vocabulary", "").split()} if cfg.data else KINDS
+def video_of(pictures: tuple[bytes, ...], cfg: Config) -> torch.Tensor:
+    """A camera's pictures → video01 (1 F 3 H W)."""
+    pixels = torch.tensor(np.frombuffer(b"".join(pictures), np.uint8), device=cfg.device)
+    return pixels.view(1, -1, cfg.height, cfg.width, 4)[..., :3].permute(0, 1, 4, 2, 3).float() / 255
 
 
-def about(cfg: Config, words: dict, reward, streams: int, deadline: int, adapt: bool) -> dict:
-    """What a page has to know before the first frame."""
-    return {
-        "preset": cfg.preset, "size": [cfg.height, cfg.width], "fps": cfg.fps, "rate": deadline or cfg.fps,
-        "chunk": cfg.chunk * cfg.time_stride, "steps": len(step_grid(cfg, cfg.frames)), "adapt": adapt,
-        "streams": streams, "words": words, "maps": [*MAPS] if reward else [],
+@dataclass(frozen=True)
+class Studio:
+    """Where streams come from. These functions are called in threads."""
+
+    hello: dict  # for the page: sizes, rates, words
+    read: Callable[[str], object]  # a prompt → text; raises BadInput
+    open: Callable[[], Callable[[Wish], Chunk]]  # a new stream: a wish → its next chunk
+
+
+def studio_of(cfg: Config, student, codec, read, flags) -> Studio:
+    """Streams of this student, shown as demo.py's flags say; with the reward beside the codec, if there is
+    one."""
+    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+    codec, reward, words = codec.to(cfg.device), None, {}
+    if not flags.wan:
+        path = Path(flags.student or ROOT / "assets" / cfg.preset / "stream_r1.safetensors")
+        header = read_header(path)
+        words = {"word": header.get("vocabulary", "").split()} if cfg.data else KINDS
+        beside = find_codec(flags.codec, path, header).with_name("reward.safetensors")
+        reward = load_net(beside, cfg, "reward").requires_grad_(False) if beside.exists() else None
+    hello = {
+        "size": [cfg.height, cfg.width], "fps": cfg.fps, "rate": flags.deadline or cfg.fps, "words": words,
+        "chunk": cfg.chunk * cfg.time_stride, "steps": len(step_grid(cfg, cfg.frames)), "adapt": flags.adapt,
+        "streams": flags.streams, "maps": [*MAPS] if reward else [], "file": "stream.mp4",
+        "engine": f"the server, {cfg.preset} on {cfg.device}", "camera": cfg.chunk * (cfg.time_stride == 1),
         "prompt": "a red circle moving left slowly on a black background" if words is KINDS else "",
     }  # fmt: skip
+    return Studio(
+        hello, lambda prompt: read(prompt).to(cfg.device), partial(Show, cfg, student, codec, reward)
+    )
 
 
 def jpeg(frame: np.ndarray) -> bytes:
@@ -140,11 +165,6 @@ def mp4(frames: list[bytes], fps: int, zoom: int) -> bytes:
         return (Path(folder) / "clip.mp4").read_bytes()
 
 
-def memory(device: str) -> float:
-    """MiB in use now: of the device with CUDA, else of this process; its peak where no /proc tells."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated() / 2**20
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except OSError:
-        return largest_process("RUSAGE_SELF")
+def memory() -> float:
+    """The most MiB that were in use: of the device with CUDA, else of this process."""
+    return torch.cuda.max_memory_allocated() / 2**20 or largest_process("RUSAGE_SELF")

@@ -57,13 +57,14 @@ def block_causal(frames: int, chunk: int, window: int = 0, sink: int = 0) -> tor
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium, for tests marked `browser`; with WebGPU that a CPU imitates."""
+    """Headless Chromium, for tests marked `browser`; with a WebGPU and a camera that are imitated."""
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not path:
         pytest.skip("there is no Chromium: apt-get install chromium")
     with playwright.sync_playwright() as driver:
         args = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
+        args += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
         chromium = driver.chromium.launch(executable_path=path, args=args)
         yield chromium
         chromium.close()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import SMALL, in_process
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from codec import Codec
 from config import build
@@ -28,10 +29,13 @@ RED, BLUE = "a red circle moving left slowly", "a blue ring moving up"
 
 
 class Session:
-    """The exported pass in the student's place, as far as `stream` uses one."""
+    """The exported pass in the student's place, as far as `stream` uses one. `apart`: of every pass, how far
+    the student is from it on the same inputs; a velocity is used above noise level 0, keys and values
+    always, those as a share of the layer's largest."""
 
-    def __init__(self, path, cfg):
-        self.run_it, self.cfg = onnxruntime.InferenceSession(path).run, cfg
+    def __init__(self, file, student, cfg):
+        self.run_it, self.student, self.cfg = onnxruntime.InferenceSession(file).run, student, cfg
+        self.apart = []
 
     def read_text(self, text):
         return [(text.clone(), text.clone())]
@@ -47,6 +51,11 @@ class Session:
             given |= {"keys": self.past(cache, 0), "values": self.past(cache, 1)}
             out = self.run_it(None, {name: z.numpy() for name, z in given.items()})
             v, keys, values = map(torch.from_numpy, out)
+            wanted, own = self.student(x, given["t"], words[0][0], cache)
+            layers = zip(own, keys, values, strict=True)
+            pairs = [pair for kv, *ours in layers for pair in zip(kv, ours, strict=True)]
+            kept = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+            self.apart.append((float((v - wanted).abs().max()) if given["t"] else 0.0, kept))
         return v, list(zip(keys, values, strict=True))
 
     def past(self, cache, part):
@@ -87,21 +96,30 @@ def dist(vivid, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_onnx_is_the_student(dist, own):
-    """Twenty chunks, with evictions and a prompt switch. Catches positions, the order in the window, what is
-    remembered, a weight that fp16 does not hold."""
-    cfg, student, codec, read = own
-    texts = {0: read(RED), 11: read(BLUE)}
-    streams = [
-        stream(net, texts, cfg, [rng_for(0)], cache=ListCache(student, cfg))
-        for net in (student, Session(dist / "pass.onnx", cfg))
-    ]
-    decoder = onnxruntime.InferenceSession(dist / "decoder.onnx")
-    with torch.no_grad():
-        for x, same in islice(zip(*streams, strict=True), 20):
-            assert (x - same).abs().max() < 1e-5
-    (frames,) = decoder.run(None, {"x": x.numpy()})
-    wanted = to_uint8(codec.decode(x)[0]).numpy()
+def test_onnx_is_the_student():
+    """The shipped one, twenty chunks with evictions and a prompt switch. A pass is within 1e-5. What a stream
+    makes of that, feeding its chunks back, is within 1e-5 or what PyTorch differs from itself by with another
+    kernel for attention. Catches positions, the order in the window, a weight that fp16 does not hold."""
+    from web.export import networks
+
+    cfg, student, codec, read = open_networks("tiny", {"device": "cpu"}, Flags())
+    files, texts = networks(cfg, student, codec), {0: read(RED), 11: read(BLUE)}
+    onnx = Session(files["pass.onnx"], student, cfg)
+
+    def chunks(net):
+        with torch.no_grad():
+            rngs, cache = [rng_for(0)], ListCache(student, cfg)
+            return torch.cat(list(islice(stream(net, texts, cfg, rngs, cache=cache), 20)))
+
+    own, same = chunks(student), chunks(onnx)
+    with sdpa_kernel(SDPBackend.MATH):
+        other = chunks(student)
+    passes, streams = np.array(onnx.apart).max(0), [float((x - own).abs().max()) for x in (same, other)]
+    print(f"velocity, memory: {passes}; ONNX, another kernel: {streams}; largest: {float(own.abs().max())}")
+    assert passes.max() <= 1e-5 and streams[0] <= max(1e-5, streams[1])
+    decoder = onnxruntime.InferenceSession(files["decoder.onnx"])
+    (frames,) = decoder.run(None, {"x": own[-1:].numpy()})
+    wanted = to_uint8(codec.decode(own[-1:])[0]).numpy()
     assert abs(frames[..., :3].astype(int) - wanted).max() <= 1 and (frames[..., 3] == 255).all()
 
 
@@ -151,33 +169,33 @@ def static(dist):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("engine, count", [("wasm", 60), ("webgpu", 9)])
+@pytest.mark.parametrize("engine, count", [("wasm", 60), ("webgpu", 2)])
 def test_the_page_shows_what_sample_makes(static, own, browser, engine, count):
-    """The frames of sample.py for that seed, through a prompt switch, within 2 of 255; memory is flat over 60
-    chunks, and an unknown word is answered with the near miss."""
+    """The frames of sample.py for that seed, within 2 of 255; in WebAssembly, which is quick here, through a
+    prompt switch; memory is flat over 60 chunks, and an unknown word is answered with the near miss."""
     cfg, student, codec, read = own
     page = browser.new_page()
     page.goto(f"{static}words.js?engine={engine}")
     found = page.evaluate(COLLECT, [RED, BLUE, 5, min(count, 12), count])
     page.close()
     assert found["engine"].startswith("WebGPU" if engine == "webgpu" else "WebAssembly,")
-    switch = found["prompts"].index(BLUE)
-    assert 3 <= switch <= 5
-    texts = {0: read(RED), switch: read(BLUE)}
+    texts = {0: read(RED)}
+    if count > 2:
+        texts[switch := found["prompts"].index(BLUE)] = read(BLUE)
+        assert 3 <= switch <= 5 and "did you mean 'blue'?" in found["refused"][0]
+        assert max(found["memory"][40:]) - max(found["memory"][15:30]) < 2**22
     with torch.no_grad():
         chunks = islice(stream(student, texts, cfg, [rng_for(5, "sample", 0)]), min(count, 12))
         wanted = torch.cat([to_uint8(codec.decode(x)[0]) for x in chunks]).numpy()
     frames = np.array(found["frames"]).reshape(-1, cfg.height, cfg.width, 4)[..., :3]
     assert abs(frames - wanted).max() <= 2
-    assert "did you mean 'blue'?" in found["refused"][0]
-    if count == 60:
-        assert max(found["memory"][40:]) - max(found["memory"][15:30]) < 2**22
 
 
 @pytest.mark.browser
 def test_without_webgpu_the_page_says_so_and_its_controls_work(static, browser):
     """WebGPU is there and its runtime does not load. Saved frames are those that the page has shown."""
     page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(60000)
     page.route("**/*asyncify.wasm", lambda route: route.abort())
     page.goto(f"{static}?engine=webgpu")
     wait = page.wait_for_function

@@ -29,7 +29,7 @@ from networks import load_net
 from rollout import context_level, step_grid
 from world.words import KINDS, VOCABULARY, vector
 
-PAGE = ("index.html", "style.css", "live.js", "apng.js", "student.js", "noise.js", "words.js")
+PAGE = ("index.html", "style.css", "live.js", "camera.js", "apng.js", "student.js", "noise.js", "words.js")
 _SIMD = "ort-wasm-simd-threaded"
 RUNTIME = {  # by the engine that a browser has
     "wasm": ("ort.wasm.min.mjs", f"{_SIMD}.mjs", f"{_SIMD}.wasm"),

@@ -1,4 +1,5 @@
 // The page: what is typed and pressed goes to a source of frames, what comes back is drawn.
+import { watch } from "./camera.js";
 import { connect } from "./source.js";
 
 const $ = (id) => document.getElementById(id);
@@ -7,7 +8,7 @@ const AXES = ["VQ", "MQ", "TA"], COLOURS = ["#3f7de0", "#d9731a", "#1f9d77"];
 const SPEEDS = [0.25, 0.5, 1, 2, 4];
 const shown = { where: false, when: false, memory: false, rewards: false };
 let hello = null, facts = {}, frame = null, paused = false, started = false;
-let pictures = new Map(), scores = [];
+let pictures = new Map(), scores = [], input = null;
 
 const send = connect({
   hello(message) {
@@ -18,6 +19,7 @@ const send = connect({
     $("map").replaceChildren(...hello.maps.map((name) => new Option(name === "fused" ? "all axes" : name, name)));
     for (const id of ["saliency", "when", "rewards"]) $(id).hidden = !hello.maps.length;
     $("engine").textContent = hello.engine;
+    $("camera").hidden = !hello.camera;
     $("prompt").value ||= hello.prompt;
     offer(hello.words);
     begin();
@@ -56,6 +58,7 @@ function begin() {
   send({ type: "start", prompt: $("prompt").value, seed: seed() });
   send({ type: "rate", fps: speed() });
   send({ type: "pause", on: paused });
+  if (input) send({ type: "camera", strength: strength() });
   look();
   started = true;
 }
@@ -90,6 +93,16 @@ $("pause").onclick = () => {
 $("restart").onclick = begin;
 $("rate").oninput = () => send({ type: "rate", fps: speed() });
 $("map").onchange = look;
+$("webcam").onclick = () => make("webcam", null);
+$("clip").onclick = () => (input?.id === "clip" ? unmake() : $("file").click());
+$("file").onchange = () => {
+  if ($("file").files[0]) make("clip", $("file").files[0]);
+  $("file").value = "";
+};
+$("strength").oninput = strength;
+$("strength").onchange = () => {
+  if (input) send({ type: "camera", strength: strength() });
+};
 $("save").onclick = () => {
   $("save").disabled = true;
   send({ type: "clip", seconds: 5 });
@@ -108,6 +121,40 @@ function press(id) {
   const on = $(id).getAttribute("aria-pressed") !== "true";
   $(id).setAttribute("aria-pressed", on);
   return on;
+}
+
+// -- a video to make over ----------------------------------------
+async function make(id, file) {
+  const again = input?.id === id && !file;
+  unmake();
+  if (again) return;
+  const mine = (input = { id, stop: () => {} });
+  $(id).setAttribute("aria-pressed", true);
+  send({ type: "camera", strength: strength() });
+  try {
+    const stop = await watch(file, hello.size, (pixels) => send(pixels), speed, unmake);
+    if (input !== mine) return stop();
+    mine.stop = stop;
+    $("source").textContent = `${hello.size[1]} × ${hello.size[0]} pixels of ${file ? file.name : "the webcam"} go to the server, which keeps none.`;
+  } catch (error) {
+    if (input === mine) unmake();
+    $("source").textContent = `No picture: ${error.message}`;
+  }
+}
+
+function unmake() {
+  if (!input) return;
+  input.stop();
+  $(input.id).setAttribute("aria-pressed", false);
+  input = null;
+  $("source").textContent = "";
+  send({ type: "camera", strength: 0 });
+}
+
+function strength() {
+  const value = $("strength").valueAsNumber;
+  $("noise").textContent = value.toFixed(2);
+  return value;
 }
 
 function status(words, on) {

@@ -1,9 +1,10 @@
 // Where frames come from when a server makes them: one WebSocket, opened again whenever it closes.
 
 export function connect(on) {
-  let socket = null, wait = 0.5, turn = Promise.resolve(), shown = null;
+  let socket = null, wait = 0.5, turn = Promise.resolve(), shown = null, refused = false;
 
   function open() {
+    refused = false;
     socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/stream`);
     socket.binaryType = "arraybuffer";
     const mine = socket;  // pictures are decoded one after the other: none overtakes another
@@ -12,6 +13,8 @@ export function connect(on) {
     };
     socket.onclose = ({ code, reason }) => {
       const why = code === 1012 ? "the server has stopped" : reason || "no connection";
+      refused = code === 1008;
+      if (refused) return on.lost(`${why}; press a button to line up again`); // it has no use for a seat
       on.lost(`${why}; trying again`);
       setTimeout(open, 1000 * wait);
       wait = Math.min(2 * wait, 8);
@@ -39,7 +42,9 @@ export function connect(on) {
   }
 
   open();
+  // a message, or a picture's pixels
   return (message) => {
-    if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
+    if (socket.readyState === WebSocket.OPEN) socket.send(message instanceof Uint8ClampedArray ? message : JSON.stringify(message));
+    else if (socket.readyState === WebSocket.CLOSED && refused) open();
   };
 }
