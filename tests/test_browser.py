@@ -94,6 +94,32 @@ def test_types_switches_looks_inside_and_saves(open_page):
     assert download.value.path().read_bytes()[4:8] == b"ftyp"
 
 
+def test_a_clip_and_a_webcam_are_made_over(open_page, tmp_path):
+    """At a low strength a red clip stays red in part though the prompt says blue; and not after it stops."""
+    page = open_page()
+    moves(page)
+    wait(page, f"({LOOK})().tint > 2")
+    with page.expect_download() as download:
+        page.click("text=Save the last")
+    download.value.save_as(tmp_path / "red.mp4")
+    page.fill("#prompt", "a blue circle moving left slowly on a black background")
+    page.press("#prompt", "Enter")
+    wait(page, f"({LOOK})().tint < -2")
+    page.fill("#strength", "0.1")
+    page.set_input_files("#file", tmp_path / "red.mp4")
+    says(page, "32 × 32 pixels of red.mp4")
+    wait(page, f"({LOOK})().tint > -1")
+    page.click("text=Stop")
+    wait(page, f"({LOOK})().tint < -2")
+    page.click("text=Webcam")
+    says(page, "pixels of the webcam")
+    moves(page)
+    (tmp_path / "no.mp4").write_bytes(b"no clip")
+    page.set_input_files("#file", tmp_path / "no.mp4")
+    says(page, "No picture: ")
+    assert page.inner_text("#webcam") == "Webcam" and page.inner_text("#clip") == "A clip"
+
+
 def test_survives_a_reload_and_a_killed_server(open_page):
     with serving(ROOT / "assets" / "tiny") as (own, _):
         page = open_page(at=own)

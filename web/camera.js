@@ -1,14 +1,13 @@
 // A webcam or a clip as the stream's input: its pictures, at the stream's size and rate.
 
-// give: takes a picture's pixels, 4 bytes each; rate: → pictures a second; ended: called when there are no more
-// → what stops it. Raises why there is no picture.
-export async function watch(file, [height, width], give, rate, ended) {
+// canvas: shows them; give: takes a picture's pixels, 4 bytes each; rate: → pictures a second; ended: called when
+// there are no more → what stops it. Raises why there is no picture.
+export async function watch(file, canvas, give, rate, ended) {
   const film = Object.assign(document.createElement("video"), { muted: true, loop: true, playsInline: true });
   if (file) film.src = URL.createObjectURL(file);
   else if (navigator.mediaDevices) film.srcObject = await navigator.mediaDevices.getUserMedia({ video: true });
   else throw new Error("a browser gives its camera to pages of https and of this machine alone");
-  const canvas = Object.assign(document.createElement("canvas"), { width, height });
-  const ink = canvas.getContext("2d", { willReadFrequently: true });
+  const { width, height } = canvas, ink = canvas.getContext("2d", { willReadFrequently: true });
   let timer = 0;
 
   function stop() {

@@ -20,6 +20,8 @@ const send = connect({
     for (const id of ["saliency", "when", "rewards"]) $(id).hidden = !hello.maps.length;
     $("engine").textContent = hello.engine;
     $("camera").hidden = !hello.camera;
+    [$("given").width, $("given").height] = [w, h];
+    strength();
     $("prompt").value ||= hello.prompt;
     offer(hello.words);
     begin();
@@ -129,12 +131,13 @@ async function make(id, file) {
   unmake();
   if (again) return;
   const mine = (input = { id, stop: () => {} });
-  $(id).setAttribute("aria-pressed", true);
+  label(true);
   send({ type: "camera", strength: strength() });
   try {
-    const stop = await watch(file, hello.size, (pixels) => send(pixels), speed, unmake);
+    const stop = await watch(file, $("given"), (pixels) => send(pixels), speed, unmake);
     if (input !== mine) return stop();
     mine.stop = stop;
+    $("given").hidden = false;
     $("source").textContent = `${hello.size[1]} × ${hello.size[0]} pixels of ${file ? file.name : "the webcam"} go to the server, which keeps none.`;
   } catch (error) {
     if (input === mine) unmake();
@@ -145,10 +148,16 @@ async function make(id, file) {
 function unmake() {
   if (!input) return;
   input.stop();
-  $(input.id).setAttribute("aria-pressed", false);
+  label(false);
   input = null;
+  $("given").hidden = true;
   $("source").textContent = "";
   send({ type: "camera", strength: 0 });
+}
+
+function label(on) {
+  $(input.id).setAttribute("aria-pressed", on);
+  $(input.id).textContent = on ? "Stop" : { webcam: "Webcam", clip: "A clip" }[input.id];
 }
 
 function strength() {
@@ -216,7 +225,7 @@ function news(head) {
   $("late").textContent = `${head.late} of ${head.of}` + (head.dropped ? `, ${head.dropped} not sent` : "");
   $("jitter").textContent = `${ms(head.p50)} / ${ms(head.p99)}`;
   $("can").textContent = `${Math.round(head.can)} frames/s`;
-  $("steps").textContent = `${head.steps} of ${hello.steps}`;
+  $("steps").textContent = input ? `those below ${$("noise").textContent}` : `${head.steps} of ${hello.steps}`;
   $("chunk").textContent = `${head.chunk}`;
   $("mem").parentElement.hidden = head.memory === undefined;
   $("mem").textContent = `${Math.round(head.memory)} MiB`;
