@@ -5,8 +5,8 @@
     python demo.py small --student=out/train/student.safetensors --port=8001
     python demo.py wan-1.3b --wan=Wan2.1-T2V-1.3B-Diffusers --student=student.safetensors
 
-Enter changes the prompt without a cut: the cache is rebuilt with it, the picture goes on. It needs the extra
-"demo". Nothing but this machine can reach the page unless --host says otherwise; there is no password.
+Enter changes the prompt without a cut; a webcam or a clip can be made over. It needs the extra "demo".
+Nothing but this machine can reach the page unless --host says otherwise; there is no password.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)

@@ -97,9 +97,10 @@ def dist(vivid, tmp_path_factory):
 
 @pytest.mark.slow
 def test_onnx_is_the_student():
-    """The shipped one, twenty chunks with evictions and a prompt switch. A pass is within 1e-5. What a stream
-    makes of that, feeding its chunks back, is within 1e-5 or what PyTorch differs from itself by with another
-    kernel for attention. Catches positions, the order in the window, a weight that fp16 does not hold."""
+    """The shipped one, twenty chunks with evictions and a prompt switch. On the same inputs a pass is within
+    1e-5. A stream feeds its chunks back and makes more of that, 1e-5 of the largest value at most: no more
+    than PyTorch makes of another kernel for attention. Catches positions, the order in the window, a weight
+    that fp16 does not hold."""
     from web.export import networks
 
     cfg, student, codec, read = open_networks("tiny", {"device": "cpu"}, Flags())
@@ -114,9 +115,11 @@ def test_onnx_is_the_student():
     own, same = chunks(student), chunks(onnx)
     with sdpa_kernel(SDPBackend.MATH):
         other = chunks(student)
-    passes, streams = np.array(onnx.apart).max(0), [float((x - own).abs().max()) for x in (same, other)]
-    print(f"velocity, memory: {passes}; ONNX, another kernel: {streams}; largest: {float(own.abs().max())}")
-    assert passes.max() <= 1e-5 and streams[0] <= max(1e-5, streams[1])
+    passes, largest = np.array(onnx.apart).max(0), float(own.abs().max())
+    drift, usual = (float((x - own).abs().max()) for x in (same, other))
+    print(f"a pass: velocity {passes[0]:.1e}, keys and values {passes[1]:.1e} of the largest")
+    print(f"a stream, values up to {largest:.1f}: ONNX {drift:.1e}, PyTorch's other kernel {usual:.1e}")
+    assert passes.max() <= 1e-5 and drift <= min(1e-5 * largest, 3 * usual)
     decoder = onnxruntime.InferenceSession(files["decoder.onnx"])
     (frames,) = decoder.run(None, {"x": own[-1:].numpy()})
     wanted = to_uint8(codec.decode(own[-1:])[0]).numpy()
