@@ -9,9 +9,9 @@ steps, the cache, the prompt's words) is web/student.js. onnxruntime-web runs it
 browser has none, in WebAssembly.
 
 A pass is within 1e-5 of PyTorch's. A stream feeds its chunks back and makes more of that: up to 2e-5 in 20
-chunks with values up to 6, as much as PyTorch's kernels for attention make of each other; `pytest -m slow -s
-tests/test_web.py` prints it. It needs the extra "web" and npm, which fetches onnxruntime-web. For students
-with the learned codec and the world's words.
+chunks with values up to 6, as much as PyTorch's kernels for attention make of each other; after an export
+`PYTHONPATH=. python tests/test_web.py` prints it. It needs the extra "web" and npm, which fetches
+onnxruntime-web. For students with the learned codec and the world's words.
 """
 
 from engine import openmp  # isort: skip  # noqa: F401  (before torch loads)
