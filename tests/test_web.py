@@ -1,6 +1,7 @@
 """The student as ONNX files, and as the page that runs them: equal to what sample.py makes."""
 
 import base64
+import copy
 import functools
 import http.server
 import io
@@ -21,7 +22,7 @@ from engine.checkpoint import save_weights
 from engine.rng import rng_for
 from engine.sheet import to_uint8
 from model import ListCache, VideoDiT
-from rollout import stream
+from rollout import Ahead, stream
 from sample import Flags, open_networks
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
@@ -44,10 +45,13 @@ class Session:
         return t, t
 
     def run(self, xt, t, time, words, cache):
+        """Of several chunks those before the last are finished, and remembered. `Ahead` wants all of them."""
+        ahead, kvs = isinstance(cache, Ahead), []
+        cache = copy.deepcopy(cache.past) if ahead else cache
         for i, x in enumerate(xt.split(self.cfg.chunk, 1)):
-            if i:  # of two chunks the first is finished: it is to be remembered
-                cache.commit(list(zip(keys, values, strict=True)))  # noqa: F821
-            given = {"xt": x, "t": time[0][:, i : i + 1], "text": words[0][0]}
+            if i:
+                cache.commit(kvs[-1])
+            given = {"xt": x, "t": time[0][:, :1] if ahead else time[0][:, i : i + 1], "text": words[0][0]}
             given |= {"keys": self.past(cache, 0), "values": self.past(cache, 1)}
             out = self.run_it(None, {name: z.numpy() for name, z in given.items()})
             v, keys, values = map(torch.from_numpy, out)
@@ -56,7 +60,9 @@ class Session:
             pairs = [pair for kv, *ours in layers for pair in zip(kv, ours, strict=True)]
             kept = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
             self.apart.append((float((v - wanted).abs().max()) if given["t"] else 0.0, kept))
-        return v, list(zip(keys, values, strict=True))
+            kvs.append(list(zip(keys, values, strict=True)))
+        together = [[torch.cat(z, 1) for z in zip(*layer, strict=True)] for layer in zip(*kvs, strict=True)]
+        return v, together if ahead else kvs[-1]
 
     def past(self, cache, part):
         none = torch.zeros(1, 0, self.cfg.heads, self.cfg.dim // self.cfg.heads)
