@@ -436,12 +436,12 @@ def test_steps_fall_while_the_machine_is_slow_and_come_back():
         await there.until(lambda: len(there.news("steps")) > 8)
         assert set(there.news("steps")) == {4}
         there.a_pass = 0.0075
-        await there.until(lambda: there.news("steps")[-1] == 2)
+        await there.until(lambda: there.news("steps")[-1:] == [2])
         count = len(there.news("steps"))
         await there.until(lambda: len(there.news("steps")) > count + 9)
         assert set(there.news("steps")[count:]) == {2} and there.news("late")[-1] > 0
         there.a_pass = 0.001
-        await there.until(lambda: there.news("steps")[-1] == 4)
+        await there.until(lambda: there.news("steps")[-1:] == [4])
         job.cancel()
 
     asyncio.run(watch())
@@ -454,12 +454,12 @@ def test_a_paused_stream_gives_its_seat_to_who_waits(monkeypatch):
     async def watch():
         one, two, line = Slow(), Slow(), server.Line(1)
         jobs = [asyncio.create_task(server.Viewer(one, one.studio, line).serve())]
-        await one.until(lambda: one.news("steps"))
+        await one.until(lambda: one.news("late"))
         one.say({"type": "pause", "on": True})
         await asyncio.sleep(0.5)
         assert one.closed is None and not jobs[0].done()
         jobs.append(asyncio.create_task(server.Viewer(two, two.studio, line).serve()))
-        await two.until(lambda: two.news("steps"))
+        await two.until(lambda: two.news("late"))
         assert two.news("place")[:2] == [1, 0] and one.closed == (
             1008,
             "the stream was paused while others wait",
@@ -487,10 +487,10 @@ def test_a_cameras_pictures_are_bounded():
         assert set(there.news("over")) <= {0}
         for number in range(1000):
             there.say(bytes([number % 256] * 16), "bytes")
-        await there.until(lambda: there.news("over")[-1] == 4)
+        await there.until(lambda: there.news("over")[-1:] == [4])
         assert list(viewer.camera) == [bytes([n % 256] * 16) for n in range(996, 1000)]
         there.say({"type": "camera", "strength": 0})
-        await there.until(lambda: there.news("over")[-1] == 0)
+        await there.until(lambda: there.news("over")[-1:] == [0])
         assert refused() == 5
         job.cancel()
 
