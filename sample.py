@@ -138,7 +138,7 @@ def open_networks(preset: str, typed: dict, flags: Flags):
     path = Path(flags.student or ROOT / "assets" / preset / "stream_r1.safetensors")
     if bool(flags.wan) != (build(preset, typed).time_stride > 1) or flags.wan and flags.codec:
         raise BadInput("the preset wan-1.3b and --wan=FOLDER go together, without --codec")
-    if not path.exists():
+    if not path.exists() and not flags.wan:
         raise BadInput(f"no student at {path}; 'python train.py {preset}' makes one, then --student=FILE")
     if flags.wan:
         from wan.networks import open_student  # diffusers and transformers take seconds

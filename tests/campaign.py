@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -261,25 +262,25 @@ def prompts(nets: Path, rng, count: int = 500) -> list[str]:
 
 
 def drift(nets: Path, rng, count: int = 100_000) -> list[str]:
-    """The shipped student for `count` chunks: memory, and its last 100 chunks against the first 100. What is
-    known so far goes to stderr every 1,000 chunks."""
+    """The shipped student for `count` chunks, or until Ctrl-C: memory, told every 1,000 chunks as well, and
+    the last 100 chunks against the first 100. Nothing is measured before: that takes memory of its own."""
     prompt, memory, parts = "a red circle moving left slowly on a black background", [], deque(maxlen=100)
     made = hubconf.student(device="cpu").stream(prompt, seed=rng.randrange(99))
-    for i, part in enumerate(islice(made, count), 1):
-        parts.append(part)
-        if i % 100 == 0:
-            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) / 256)  # pages of 4 KiB
-        if i == 100:
-            first = torch.cat(list(parts))
-        if i % 1000 == 0 or i == count:
-            last = torch.cat(list(parts))
-            early, late, both = (measure(x[None], [prompt]) for x in (first, last, torch.cat([first, last])))
-            told = [f"{k} {early[k].item():.2f}, {late[k].item():.2f}" for k in ("colour", "shape", "paint")]
-            told += [f"{k} changes by {both[k].item():+.3f}" for k in ("saturation", "contrast")]
-            mib = [f"{memory[int(at * (len(memory) - 1))]:.1f}" for at in (0, 0.01, 0.1, 0.25, 0.5, 0.75, 1)]
-            row = f"{i} chunks: {', '.join(told)}, MiB {' '.join(mib)}"
-            print(row, file=sys.stderr, flush=True)
-    return [row]
+    with suppress(KeyboardInterrupt):
+        for i, part in enumerate(islice(made, count), 1):
+            parts.append(part)
+            if i % 100 == 0:
+                memory.append(int(Path("/proc/self/statm").read_text().split()[1]) / 256)  # pages of 4 KiB
+            if i == 100:
+                first = torch.cat(list(parts))
+            if i % 1000 == 0:
+                print(f"{i} chunks, {memory[-1]:.1f} MiB", file=sys.stderr, flush=True)
+    last = torch.cat(list(parts))
+    early, late, both = (measure(clip[None], [prompt]) for clip in (first, last, torch.cat([first, last])))
+    told = [f"{k} {early[k].item():.2f}, {late[k].item():.2f}" for k in ("colour", "shape", "paint")]
+    told += [f"{k} changes by {both[k].item():+.3f}" for k in ("saturation", "contrast")]
+    mib = [f"{memory[int(at * (len(memory) - 1))]:.1f}" for at in (0, 0.01, 0.1, 0.25, 0.5, 0.75, 1)]
+    return [f"{100 * len(memory)} chunks: {', '.join(told)}, MiB {' '.join(mib)}"]
 
 
 signals = partial(kill, count=5, numbers=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP))

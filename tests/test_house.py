@@ -147,7 +147,7 @@ def commands():
         lines += re.findall(r"`((?:python|torchrun) [^`]+)`", text)
         for line in lines:
             for part in line.partition("#")[0].split("&&"):
-                if re.search(r"\w\.py\b| -m (study|wan|web|family)\.", part) and "…" not in part:
+                if re.search(r"\w\.py\b| -m (study|wan|web|family|examples)\.", part) and "…" not in part:
                     yield page.name, part.strip()
 
 
@@ -162,7 +162,8 @@ def test_every_command_names_a_script_and_flags_that_exist():
             else next(i for i, w in enumerate(words) if w.endswith(".py"))
         )
         name = words[at].removesuffix(".py")
-        assert name in MODULES or words[at] == "tests/campaign.py", f"{page}: {command}"
+        own = words[at] == "tests/campaign.py" or name.startswith("examples.")
+        assert name in MODULES or own, f"{page}: {command}"
         flags = {f.name for f in fields(importlib.import_module(name).Flags)} | OWN
         for word in words[at + 1 :]:
             if word.startswith("--"):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from config import BadInput
 
-FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer")  # of Wan2.1 in diffusers' format
+WAN = ("transformer/*", "vae/*", "text_encoder/*", "tokenizer/*")  # of Wan2.1 in diffusers' format
 
 
-def local(name: str, folders: tuple[str, ...] = FOLDERS) -> str:
-    """What is here stays as it is. "owner/repository" → the folder of its snapshot, of which only `folders`
+def local(name: str, files: tuple[str, ...] = WAN) -> str:
+    """What is here stays as it is. "owner/repository" → the folder of its snapshot, of which only `files`
     are fetched; "owner/repository:path" → that file. What is in the cache is not fetched again, and a
     download that was cut off goes on. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN count as they do elsewhere.
     Raises BadInput."""
@@ -21,7 +21,7 @@ def local(name: str, folders: tuple[str, ...] = FOLDERS) -> str:
 
         if found[2]:
             return hf_hub_download(found[1], found[2])
-        return snapshot_download(found[1], allow_patterns=[f"{folder}/*" for folder in folders])
+        return snapshot_download(found[1], allow_patterns=list(files))
     except ImportError as error:
         raise BadInput(f"{name} is not here; to fetch it: pip install 'stream-r1[wan]'") from error
     except Exception as error:  # no network, no such name, no access, a full disk: a dozen kinds

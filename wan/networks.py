@@ -16,7 +16,7 @@ from engine.checkpoint import not_finite, read_header
 from engine.rng import pick, rng_for
 from networks import Networks, load_net
 from wan import memory
-from wan.hub import FOLDERS, local
+from wan.hub import WAN, local
 from wan.videoalign import load_videoalign, refuse_marks
 from wan.weights import load_text, load_vae, open_wan, sized
 
@@ -43,8 +43,8 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
     The teacher is kept in bf16 if cfg.bf16, what is trained in fp32. Every prompt is encoded once, by one
     process or another, and kept on disk; then the text encoder, 11 GB, leaves memory. Raises BadInput.
     """
-    fetched = {"wan": local(flags.wan), "teacher": local(flags.teacher, ("transformer",))}
-    flags = replace(flags, **fetched, start=local(flags.start, ("transformer",)))
+    fetched = {"teacher": local(flags.teacher, WAN[:1]), "start": local(flags.start, WAN[:1])}
+    flags = replace(flags, wan=local(flags.wan), **fetched)
     if cfg.weighted and not flags.videoalign:
         raise BadInput(f"method={cfg.method} needs a reward: --videoalign=FOLDER (or --method=self_forcing)")
     if cfg.weighted:
@@ -75,6 +75,9 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
 def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     """What sample.py opens with --wan: config, student, codec, and what turns a prompt into text (1 l e). The
     student may be another trainer's. flags: sample.py's. Raises BadInput."""
+    path = Path(local(str(path), WAN[:1]))
+    if not path.exists():
+        raise BadInput(f"no student at {path}; 'python train.py {preset}' makes one, then --student=FILE")
     foreign = not is_ours(path)
     if foreign and "method" not in typed:
         raise BadInput(f"{path} does not name the method that trained it: --method={' | '.join(METHODS)}")
@@ -84,7 +87,7 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
     if foreign and (what := not_finite(student.state_dict())):
         raise BadInput(f"{path} cannot be used: {what}")
-    folder = local(flags.wan, FOLDERS[1:])
+    folder = local(flags.wan, WAN[1:])
     text = load_text(folder, cfg.text_length, "", cfg.device, cfg.bf16)
     codec = load_vae(folder)
     codec.vae.to(torch.bfloat16 if cfg.bf16 else torch.float32)

@@ -9,6 +9,8 @@ model_config.json, checkpoint-*/model.pth    huggingface.co/KwaiVGI/VideoReward
 prompt_template.py                           github.com/KwaiVGI/VideoAlign; read as text, never run
 Qwen2-VL-2B-Instruct/                        config.json and the tokenizer of huggingface.co/Qwen/...
 
+Or the name KwaiVGI/VideoReward: all is fetched but prompt_template.py, which lies where you are.
+
 differs from what Reward Forcing and Stream-R1 release: pixels within [0, 1]; as many frames a second as the
 model was trained on (10 of a five-second clip, not all 81); patches keep their place in the saliency map;
 every sample is judged, not the first of a batch; one forward serves the scores and the three gradients.
@@ -28,9 +30,11 @@ from torch import Tensor, nn
 from config import BadInput
 from engine.checkpoint import fit
 from reward import AXES
+from wan.hub import local
 from wan.weights import read_tensors
 
 TOKENS = tuple(f"<|{axis}_reward|>" for axis in AXES)
+QWEN = "Qwen/Qwen2-VL-2B-Instruct"
 PATCH, MERGE, PAIR = 14, 2, 2  # pixels a patch, patches a token and side, frames a patch
 _FEWEST_PIXELS = 128 * 28 * 28  # a frame; qwen-vl-utils enlarges what is smaller
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which Qwen2-VL was trained with
@@ -128,18 +132,20 @@ def load_videoalign(folder: str | Path, video_fps: float) -> VideoAlignReward:
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
     except ImportError as error:
         raise BadInput("VideoAlign's reward needs transformers: pip install 'stream-r1[wan]'") from error
-    folder = Path(folder)
+    given, folder = Path(folder), Path(local(str(folder), ("model_config.json", "checkpoint-*/model.pth")))
+    fetched = given != folder
     settings, lora_scale = read_settings(folder / "model_config.json")
-    template = read_template(folder / "prompt_template.py")
+    template = read_template(("" if fetched else folder) / Path("prompt_template.py"))
     if any(template.count(token) != 1 for token in TOKENS):
-        raise BadInput(f"{folder}/prompt_template.py does not ask once for each of {' '.join(TOKENS)}")
+        raise BadInput(f"prompt_template.py of {folder} does not ask once for each of {' '.join(TOKENS)}")
     weights = sorted(folder.glob("checkpoint-*/model.pth"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not weights:
         raise BadInput(f"{folder} lacks checkpoint-*/model.pth of VideoReward")
     tensors = plain_weights(read_tensors(weights[-1]), lora_scale)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "Qwen2-VL-2B-Instruct", local_files_only=True)
-        made = Qwen2VLConfig.from_pretrained(folder / "Qwen2-VL-2B-Instruct", local_files_only=True)
+        qwen = local(QWEN, ("*.json", "*.txt", "*.jinja")) if fetched else folder / QWEN.partition("/")[2]
+        tokenizer = AutoTokenizer.from_pretrained(qwen, local_files_only=True)
+        made = Qwen2VLConfig.from_pretrained(qwen, local_files_only=True)
     except (OSError, ValueError) as error:
         what = f"{folder} lacks Qwen2-VL-2B-Instruct/ with config.json and tokenizer"
         raise BadInput(f"{what}: {str(error).splitlines()[0]}") from error

@@ -15,7 +15,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from config import BadInput, Config
+from config import PRESETS, BadInput, Config
 from engine.checkpoint import fit, writable_folder, write_atomically
 from model import VideoDiT
 
@@ -37,35 +37,17 @@ _WRAPPERS = (
     r"^((model|diffusion_model|module|pipe|dit|_orig_mod|_fsdp_wrapped_module)\.)+"
     r"|\b_(fsdp|checkpoint)_wrapped_module\.|\b_orig_mod\."
 )
-_EMBEDDERS = {
-    "text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
-    "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2",
-    "time_projection.1": "time_proj",
-}  # fmt: skip
-_OUTSIDE = {k: f"condition_embedder.{v}" for k, v in _EMBEDDERS.items()} | {
-    "patch_embedding": "patch_embedding", "head.head": "proj_out", "head.modulation": "scale_shift_table",
-}  # fmt: skip
-_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
-_IN_BLOCK = {
-    "modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
-    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
-    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
-}  # fmt: skip
 
 
-def rename(name: str, to_diffusers: bool) -> str:
-    """One parameter's name in the other convention. Raises BadInput for a name that has none."""
-    block, outside = "", _OUTSIDE
-    if name.startswith("blocks."):
-        number = name.split(".")[1]
-        block, outside = f"blocks.{number}.", _IN_BLOCK
-    module = name.removeprefix(block)
-    kind = module.rpartition(".")[2]
-    kind = f".{kind}" if kind in ("weight", "bias") else ""
-    table = outside if to_diffusers else {theirs: ours for ours, theirs in outside.items()}
-    if module.removesuffix(kind) not in table:
-        raise BadInput(f"{name} is no parameter of Wan2.1's text-to-video transformer")
-    return block + table[module.removesuffix(kind)] + kind
+def names_in_diffusers(layers: int) -> dict[str, str]:
+    """{name as in model.py: diffusers' name} of a transformer with that many blocks. Raises BadInput."""
+    try:
+        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+    except ImportError as error:
+        raise BadInput("diffusers' names need diffusers: pip install 'stream-r1[wan]'") from error
+    with torch.device("meta"):
+        names = VideoDiT(replace(PRESETS["wan-1.3b"], layers=layers)).state_dict()
+    return {ours: theirs for theirs, ours in convert({name: name for name in names}).items()}
 
 
 def open_wan(path: str | Path, cfg: Config, exact: bool = True) -> VideoDiT:
@@ -83,8 +65,7 @@ def sized(cfg: Config, tensors: dict[str, Tensor], path: str | Path) -> Config:
         dim, ffn = len(tensors["patch_embedding.weight"]), len(tensors["blocks.0.ffn.0.weight"])
     except KeyError as error:
         raise BadInput(f"{path} is no Wan2.1 text-to-video transformer: it lacks {error}") from error
-    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    return replace(cfg, dim=dim, ffn=ffn, layers=layers, heads=dim // (cfg.dim // cfg.heads))
+    return replace(cfg, dim=dim, ffn=ffn, layers=count_blocks(tensors), heads=dim // (cfg.dim // cfg.heads))
 
 
 def read_transformer(path: str | Path) -> dict[str, Tensor]:
@@ -94,8 +75,13 @@ def read_transformer(path: str | Path) -> dict[str, Tensor]:
         what = f"{path} holds LoRA factors ({lora[0]}), not a network"
         raise BadInput(f"{what}; merge them into their base first, such as with peft's merge_and_unload")
     if any(name.startswith("condition_embedder.") for name in tensors):
-        tensors = {rename(name, to_diffusers=False): x for name, x in tensors.items()}
+        ours = {theirs: name for name, theirs in names_in_diffusers(count_blocks(tensors)).items()}
+        tensors = {ours.get(name, name): x for name, x in tensors.items()}
     return tensors
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -304,12 +290,3 @@ def _readable(kind, folder: Path, **how):
         return kind.from_pretrained(folder, local_files_only=True, **how)
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder} cannot be read: {(str(error) or 'empty').splitlines()[0]}") from error
-
-
-# -- saving ----------------------------------------
-def save_wan(path: Path, net: nn.Module, diffusers: bool = False) -> None:
-    """The network as safetensors, under Wan's original names or diffusers', for other people's code."""
-    tensors = {k: v.contiguous().cpu() for k, v in net.state_dict().items()}
-    if diffusers:
-        tensors = {rename(k, to_diffusers=True): v for k, v in tensors.items()}
-    write_atomically(Path(path), lambda name: save_file(tensors, name, {"format": "pt"}))

@@ -13,16 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import PRESETS, BadInput
+from engine.checkpoint import save_weights
 from model import VideoDiT
 from wan import memory
 from wan import weights as wan
 from wan.videoalign import load_videoalign
-from wan.weights import WanCodec, load_text, load_vae, open_wan, rename, save_wan
+from wan.weights import WanCodec, load_text, load_vae, names_in_diffusers, open_wan
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 import downloads  # noqa: E402
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers  # noqa: E402
+
+from examples.export import export, main  # noqa: E402
 
 
 @pytest.fixture
@@ -55,14 +57,14 @@ def wrapped(state: dict, form: str) -> dict:
     return {f"model.diffusion_model.{k}": v for k, v in state.items()}  # ComfyUI
 
 
-def test_names_are_diffusers_own_at_full_size():
-    """All 825 tensors of the real 1.3B: our table and diffusers' converter agree, forth and back."""
+def test_names_are_diffusers_own():
+    """Of two of the real 1.3B's blocks; each tensor has the same shape there. All its blocks: 825 tensors."""
+    cfg = replace(PRESETS["wan-1.3b"], layers=2)
     with torch.device("meta"):
-        state = VideoDiT(PRESETS["wan-1.3b"]).state_dict()
-    expected = convert_wan_transformer_to_diffusers(dict(state))
-    renamed = {rename(k, to_diffusers=True): v.shape for k, v in state.items()}
-    assert len(renamed) == 825 and renamed == {k: v.shape for k, v in expected.items()}
-    assert {rename(rename(k, True), False) for k in state} == set(state)
+        state, theirs = VideoDiT(cfg).state_dict(), downloads.transformer(cfg).state_dict()
+    names = names_in_diffusers(2)
+    assert {names[k]: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.items()}
+    assert len(names) == len(state) == 825 - 28 * 27
 
 
 @pytest.mark.parametrize("size", ["10GB", "20KB"])
@@ -90,19 +92,29 @@ def test_checkpoints_of_trainers(cfg, ours, tmp_path, form, ending):
     assert same(open_wan(tmp_path / f"x{ending}", cfg), ours)
 
 
-@pytest.mark.parametrize("diffusers", [False, True])
-def test_saved_and_loaded_again(cfg, ours, tmp_path, diffusers):
-    """Bit for bit, and diffusers reads its format without our help."""
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    save_wan(path, ours, diffusers)
-    assert same(open_wan(path, cfg), ours) and same(open_wan(tmp_path, cfg), ours)
-    if diffusers:
-        downloads.transformer(cfg).load_state_dict(load_file(path), strict=True)
+def test_a_student_in_diffusers_format(cfg, ours, tmp_path, monkeypatch, capsys):
+    """The folder opens here and there with the file's numbers; its card tells what it is. One that differs
+    from the student has no card; one of the small presets is no Wan."""
+    cfg, student = replace(cfg, time_stride=4, horizon=1, data="p.txt"), tmp_path / "student.safetensors"
+    save_weights(student, ours, cfg, "student", step=7, command="train.py wan-1.3b --steps=7")
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--student={student}", f"--out={tmp_path / 'out'}"])
+    main()
+    apart = float(re.search(r"by (\S+);", capsys.readouterr().out)[1])
+    assert apart < 1e-5 and same(open_wan(tmp_path / "out", cfg), ours.half())
+    card = (tmp_path / "out/README.md").read_text()
+    assert all(word in card for word in ("license: apache-2.0", "--steps=7", "`p.txt`", '"dim": 40'))
+    monkeypatch.setattr("examples.export.in_diffusers", lambda net, cfg: downloads.transformer(cfg))
+    with pytest.raises(BadInput, match="is not the student"):
+        export(student, tmp_path / "other")
+    assert not (tmp_path / "other/README.md").exists()
+    save_weights(student, ours, replace(cfg, time_stride=1), "student")
+    with pytest.raises(BadInput, match="allowed: one of train.py --wan"):
+        export(student, tmp_path / "small")
 
 
 def test_a_file_in_bf16(cfg, ours, tmp_path):
     """Real sizes need no second copy: the tensors of the file become the network's, bf16 stays."""
-    save_wan(tmp_path / "x.safetensors", ours.to(torch.bfloat16))
+    save_file(ours.to(torch.bfloat16).state_dict(), tmp_path / "x.safetensors")
     net = open_wan(tmp_path / "x.safetensors", cfg)
     assert same(net, ours)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
@@ -315,7 +327,7 @@ def test_real_sizes_without_memory(monkeypatch, size, count):
     cfg = replace(PRESETS["wan-1.3b"], **memory.WAN_SIZES[size])
     with torch.device("meta"):
         state = VideoDiT(cfg).state_dict()
-    renamed = {rename(name, to_diffusers=True): x for name, x in state.items()}
+    renamed = {names_in_diffusers(cfg.layers)[name]: x for name, x in state.items()}
     monkeypatch.setattr(wan, "read_tensors", lambda path: renamed)
     net = open_wan("somewhere", PRESETS["wan-1.3b"], exact=False)
     assert sum(p.numel() for p in net.parameters()) == count
