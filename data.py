@@ -13,22 +13,23 @@ import math
 import os
 import unicodedata
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from config import BadInput, Config
-from engine.checkpoint import write_atomically
+from engine.checkpoint import fingerprint, writable_folder, write_atomically
 from engine.rng import pick, rng_for
 from engine.sheet import ffmpeg
 from world.scene import Batch, World
@@ -168,8 +169,9 @@ class ClipFolder:
 
     def __init__(self, cfg: Config, folder: str):
         self.cfg, self.clips = cfg, []
-        self.cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()  # the latest last
         rows, need = _metadata(Path(folder)), cfg.pixel_frames
+        self.length = 2 * need  # of a stretch, which is decoded as a whole
+        self.stretch = lru_cache(max(1, CACHE // (self.length * 3 * cfg.height * cfg.width)))(self._stretch)
         index = _index(Path(folder), [name for name, _ in rows])
         for name, text in rows:
             clip = index[name]
@@ -196,41 +198,51 @@ class ClipFolder:
     def captions(self, keys: list[tuple]) -> list[list[str]]:
         return [free_words(self.clips[self._choose(key)[0]][1]) for key in keys]
 
-    def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
-        times = torch.arange(self.cfg.pixel_frames) if times is None else times
-        videos, prompts = [], []
+    def _windows(self, keys: list[tuple], times: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """A clip's number, and which of its frames (F,)."""
         for key, shown in zip(keys, times.expand(len(keys), -1), strict=True):
             number, rng = self._choose(key)
-            clip, text = self.clips[number]
-            frames = clip.frames(self.cfg)
+            frames = self.clips[number][0].frames(self.cfg)
             at = (pick(rng, frames - self.cfg.pixel_frames + 1) + shown) % (2 * frames)
-            videos.append(self._window(number, torch.minimum(at, 2 * frames - 1 - at)).float() / 255)
-            prompts.append(text)
-        return Batch(torch.stack(videos), prompts, [free_words(p) for p in prompts])
+            yield number, torch.minimum(at, 2 * frames - 1 - at)
+
+    def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
+        times = torch.arange(self.cfg.pixel_frames) if times is None else times
+        video = torch.stack([self._frames(number, at) for number, at in self._windows(keys, times)])
+        prompts = [self.clips[self._choose(key)[0]][1] for key in keys]
+        return Batch(video.float() / 255, prompts, self.captions(keys))
 
     draw = batch  # there is nothing to render
 
     def pixels(self, drawn: Batch, device: str) -> Tensor:
         return drawn.video01.to(device)
 
-    def _window(self, number: int, at: Tensor) -> Tensor:
-        """Frames `at` (F,) of a clip → bytes (F 3 H W)."""
-        length = 2 * self.cfg.pixel_frames  # of a stretch, which is decoded as a whole
-        video = torch.empty(len(at), 3, self.cfg.height, self.cfg.width, dtype=torch.uint8)
-        for part in (at // length).unique().tolist():
-            here = at // length == part
-            video[here] = self._stretch(number, part * length, length)[at[here] - part * length]
-        return video
+    @torch.no_grad()
+    def encode(self, codec, nets: Path) -> None:
+        """Makes `latents` possible: every frame goes through the codec, which lies in the folder `nets`. What
+        nets/latents holds of the same codec, canvas and file is taken as it is. Raises BadInput."""
+        cfg, folder, self.encoded = self.cfg, writable_folder(f"{nets}/latents"), []
+        own = fingerprint(nets, ("codec",)), cfg.height, cfg.width, cfg.fps
+        for number, (clip, _) in enumerate(tqdm(self.clips, "encoding clips", delay=2)):
+            facts = repr((own, clip, clip.path.stat().st_size, clip.path.stat().st_mtime_ns)).encode()
+            self.encoded.append(folder / f"{hashlib.sha256(facts).hexdigest()[:24]}.safetensors")
+            if not self.encoded[-1].exists():
+                parts = self._frames(number, range(clip.frames(cfg))).split(64)
+                x = [codec.encode(part[None].to(cfg.device).float() / 255)[0].cpu() for part in parts]
+                write_atomically(self.encoded[-1], lambda name, x=x: save_file({"x": torch.cat(x)}, name))
 
-    def _stretch(self, number: int, first: int, length: int) -> Tensor:
-        if (number, first) not in self.cache:
-            clip, _ = self.clips[number]
-            count = min(length, clip.frames(self.cfg) - first)
-            self.cache[number, first] = decode(clip, self.cfg, first, count)
-            while sum(video.nbytes for video in self.cache.values()) > CACHE and len(self.cache) > 1:
-                self.cache.popitem(last=False)
-        self.cache.move_to_end((number, first))
-        return self.cache[number, first]
+    def latents(self, keys: list[tuple], times: Tensor) -> Batch:
+        """What `draw` draws, as the codec's latents."""
+        x = [load_file(self.encoded[number])["x"][at] for number, at in self._windows(keys, times)]
+        return Batch(None, [], self.captions(keys), latents=torch.stack(x))
+
+    def _frames(self, number: int, at) -> Tensor:
+        """Frames `at` (F,) of a clip → bytes (F 3 H W)."""
+        return torch.stack([self.stretch(number, i // self.length)[i % self.length] for i in map(int, at)])
+
+    def _stretch(self, number: int, part: int) -> Tensor:
+        (clip, _), first = self.clips[number], part * self.length
+        return decode(clip, self.cfg, first, min(self.length, clip.frames(self.cfg) - first))
 
 
 def _index(folder: Path, names: list[str]) -> dict[str, Clip | str]:
@@ -278,8 +290,7 @@ def _metadata(folder: Path) -> list[tuple[str, str]]:
     if path.suffix == ".jsonl":
         found = (json.loads(line) for line in text.split("\n") if line.strip())
     try:
-        for row in found:
-            rows.append(row)
+        rows.extend(found)  # those before a broken one stay
     except (csv.Error, ValueError, RecursionError) as error:
         raise BadInput(f"{path}, row {len(rows) + 1} cannot be read: {error}") from error
     return [_row(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]

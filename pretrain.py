@@ -2,7 +2,7 @@
 
     python pretrain.py                          # the four stages train.py needs, tiny preset
     python pretrain.py tiny --stage=teacher     # one stage
-    python pretrain.py tiny --data=clips        # a folder of captioned clips, not the procedural world
+    python pretrain.py tiny --data=clips        # a folder of captioned clips (--cache: encoded once)
 
 Every stage prints what to expect, saves as it goes (--resume), and leaves a contact sheet.
 """
@@ -35,7 +35,7 @@ from model import VideoDiT, add_noise, shift_time, teacher_forcing
 from networks import load_net
 from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
-from world.corrupt import pairs, worse_looks, worse_motion
+from world.corrupt import pairs
 from world.words import tokenize
 
 
@@ -51,6 +51,7 @@ class Flags:
     lr: float = 0.0  # Muon's, AdamW's is half of it; 0: the stage's own
     workers: int = 0  # processes that draw clips ahead of time, the same ones; a GPU waits for one core
     compile: bool = False  # a transformer's blocks, for training
+    cache: bool = False  # with --data: keep the clips' latents in --out/latents, for teacher and causal
 
 
 STAGES = {
@@ -77,7 +78,7 @@ def keys(cfg: Config, stage: Stage, step: int) -> list[tuple]:
 def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Triplets of frames, two frames apart."""
     torch.manual_seed(cfg.seed)
-    net = started(cfg, flags, "codec") or Codec(cfg)
+    net = (started(cfg, flags, "codec") or Codec(cfg)).to(cfg.device)
 
     def draw(step):
         drawn = source.draw(keys(cfg, stage, step), torch.tensor([0, 2, 4]))
@@ -87,7 +88,6 @@ def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Mo
     def loss_of(net, step, drawn, noise):
         return net.train().loss(source.pixels(drawn, cfg.device), noise)
 
-    net = net.to(cfg.device)
     return learn(stage, net, adam_and_muon(net, stage.lr, cfg.bf16), draw, loss_of, cfg, flags)
 
 
@@ -98,6 +98,9 @@ def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, c
     gaps: in half of the clips the first chunk lies further back, as sinks do in a long stream.
     """
 
+    if flags.cache:
+        source.encode(codec, Path(flags.out))
+
     def draw(step):
         own, times = keys(cfg, stage, step), torch.arange(cfg.pixel_frames)
         if gaps:
@@ -105,7 +108,8 @@ def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, c
             gap = torch.randint(0, 4 * cfg.frames, (stage.batch, 1), generator=rng)
             gap *= torch.rand(stage.batch, 1, generator=rng) < 0.5
             times = times + gap * (times >= 1 + (cfg.chunk - 1) * cfg.time_stride)  # after the first chunk
-        drawn, rngs = source.draw(own, times), [rng_for(*key, "noise") for key in own]
+        drawn = (source.latents if flags.cache else source.draw)(own, times)
+        rngs = [rng_for(*key, "noise") for key in own]
         noise = randn(rngs, cfg.frames, *cfg.latent_shape)
         keep = torch.stack([torch.rand((), generator=g) > 0.1 for g in rngs])
         text = tokenize(drawn.words, cfg.text_length, cfg.text_width) * keep[:, None, None]
@@ -113,8 +117,8 @@ def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, c
 
     def loss(net, step, drawn, *given):
         with torch.no_grad():
-            x = codec.encode(source.pixels(drawn, cfg.device)).float()
-        return loss_of(net, x, *given)
+            x = drawn.latents if flags.cache else codec.encode(source.pixels(drawn, cfg.device))
+        return loss_of(net, x.to(cfg.device).float(), *given)
 
     opts = adam_and_muon(net, stage.lr, cfg.bf16, net.blocks)
     return learn(stage, net, opts, draw, loss, cfg, flags, net.blocks)
@@ -134,28 +138,22 @@ def train_teacher(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.
         v, _ = net(add_noise(x, noise, t), t, text)
         return F.mse_loss(v, noise - x)
 
-    draw_t = partial(torch.randn, ())
-    return learn_flow(stage, net.to(cfg.device), draw_t, loss_of, source, codec, cfg, flags)
+    return learn_flow(stage, net.to(cfg.device), partial(torch.randn, ()), loss_of, source, codec, cfg, flags)
 
 
 def train_causal(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Module:
     """Teacher forcing from the teacher's weights: a noisy chunk, at its own time, sees the clean past."""
     net = load_net(Path(flags.out) / "teacher.safetensors", cfg, "teacher")
+    mask, positions = teacher_forcing(cfg.frames, cfg.chunk)
 
     def loss_of(net, x, noise, text, u):
         t = shift_time(u, cfg.shift).repeat_interleave(cfg.chunk, 1)
-        v = forced(net, x, add_noise(x, noise, t), t, text, cfg)
-        return F.mse_loss(v, noise - x)
+        both, times = torch.cat([x, add_noise(x, noise, t)], 1), torch.cat([torch.zeros_like(t), t], 1)
+        v, _ = net(both, times, text, mask=mask, positions=positions)
+        return F.mse_loss(v[:, cfg.frames :], noise - x)
 
     draw_t = partial(torch.rand, cfg.chunks)
     return learn_flow(stage, net, draw_t, loss_of, source, codec, cfg, flags, gaps=True)
-
-
-def forced(net, x: Tensor, xt: Tensor, t: Tensor, text: Tensor, cfg: Config) -> Tensor:
-    """Velocity of the noisy chunks x_t (b f c h w) at t (b f), each given the clean chunks of x before it."""
-    mask, positions = teacher_forcing(cfg.frames, cfg.chunk)
-    both, times = torch.cat([x, xt], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)
-    return net(both, times, text, mask=mask, positions=positions)[0][:, cfg.frames :]
 
 
 @torch.no_grad()
@@ -246,8 +244,8 @@ def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> No
         decoded = net.decode(net.encode(good.to(cfg.device))).cpu()
         rows = zip(batch.prompts, torch.cat([good, decoded], dim=3), strict=True)  # one above the other
     elif name == "reward":
-        looks = torch.stack([worse_looks(x, rng_for("show", i)) for i, x in enumerate(good)])
-        motion = torch.stack([worse_motion(x, rng_for("show", i)) for i, x in enumerate(batch.video01)])
+        rngs = [rng_for("show", i) for i in range(6)]
+        _, (looks, motion), _ = pairs(batch.video01, batch.words, rngs, bool(cfg.data))
         clips = {"": good, "worse looks: ": looks, "worse motion: ": motion}
         scores = {k: net(v.to(cfg.device), text.to(cfg.device)) for k, v in clips.items()}
         rows = [(f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}", video[i])
@@ -271,19 +269,22 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        shapes: dict[tuple, list] = {}
-        for p in group["params"]:
-            shapes.setdefault(tuple(p.shape), []).append(p)
-        for shape, params in shapes.items():
+        for shape in dict.fromkeys(p.shape for p in group["params"]):
+            params = [p for p in group["params"] if p.shape == shape]
             grads = [p.grad for p in params]
             means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             ahead = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
-            how = group["ns_coefficients"], group["ns_steps"], group["eps"]
-            whole = orthogonal(ahead.to(self.dtype), *how)
+            (a, b, c), tall = group["ns_coefficients"], shape[0] > shape[1]
+            x = (ahead.mT if tall else ahead).to(self.dtype)
+            x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+            for _ in range(group["ns_steps"]):  # singular values move towards 1 (Newton and Schulz)
+                gram = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            x = (x.mT if tall else x).float()
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             size = 0.2 * max(shape) ** 0.5  # match_rms_adamw: as large as AdamW's steps
-            torch._foreach_add_(params, list(whole.float().unbind()), alpha=-group["lr"] * size)
+            torch._foreach_add_(params, list(x.unbind()), alpha=-group["lr"] * size)
 
 
 def adam_and_muon(net: nn.Module, lr: float, bf16: bool, blocks=()) -> list:
@@ -294,17 +295,6 @@ def adam_and_muon(net: nn.Module, lr: float, bf16: bool, blocks=()) -> list:
     adam = torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
     how = dict(lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return [adam, Muon(matrices, bf16, **how)] if matrices else [adam]
-
-
-def orthogonal(x: Tensor, coefficients: tuple, steps: int, eps: float) -> Tensor:
-    """Matrices (m rows columns) with singular values moved towards 1, by Newton and Schulz."""
-    (a, b, c), tall = coefficients, x.shape[1] > x.shape[2]
-    y = x.mT if tall else x
-    y = y / torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return y.mT if tall else y
 
 
 # -- the stages, one after another ----------------------------------------
@@ -321,6 +311,8 @@ def main() -> None:
         raise BadInput(f"workers={flags.workers} is not possible on Windows; allowed: 0")
     if flags.stage != "all" and flags.stage not in STAGES:
         raise BadInput(f"stage={flags.stage} is not possible; allowed: all | {' | '.join(STAGES)}")
+    if flags.cache and not cfg.data:
+        raise BadInput("--cache is of a folder of clips: --data=FOLDER; the world is drawn anew each time")
     if flags.resume:
         checkpoint.can_resume(flags.out)
     out = checkpoint.writable_folder(flags.out)

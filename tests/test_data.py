@@ -1,9 +1,12 @@
 """A folder of real clips in place of the procedural world."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,8 +21,11 @@ import bench
 import data
 import pretrain
 import train
+from codec import Codec
 from config import BadInput, build, cli
 from data import ClipFolder, decode, probe, read_clip, read_text
+from engine.checkpoint import save_weights
+from networks import load_net
 from world.words import free_words, understand
 
 
@@ -174,6 +180,16 @@ def test_all_stages_run_on_real_clips(folder, tmp_path, monkeypatch, capsys):
     cli(pretrain.main)
     after = torch.load(out / "teacher-state" / "step_000002.pt", weights_only=True)
     assert all(torch.equal(before["net"][k], after["net"][k]) for k in before["net"])
+    cached = tmp_path / "cached"
+    cached.mkdir()
+    shutil.copy(out / "codec.safetensors", cached)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--cache", f"--out={cached}"])
+    cli(pretrain.main)
+    again = torch.load(cached / "teacher-state" / "step_000002.pt", weights_only=True)
+    for name, x in after["net"].items():
+        torch.testing.assert_close(again["net"][name], x, atol=1e-3, rtol=0)
+    assert len(list((cached / "latents").iterdir())) == 3
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "--resume"])
     captions_changed(folder, out, tmp_path / "run", monkeypatch, capsys)
 
 
@@ -409,13 +425,36 @@ def test_frames_in_memory_are_bounded(folder, monkeypatch):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     decoded = []
     monkeypatch.setattr(data, "decode", lambda *a: decoded.append(a) or decode(*a))
-    monkeypatch.setattr(data, "CACHE", 5 * 24 * frame)
+    monkeypatch.setattr(data, "CACHE", 5 * 32 * frame)
     source = ClipFolder(CFG, str(folder))
     keys = [("k", i) for i in range(12)]
     batch = source.batch(keys)
-    assert sum(video.nbytes for video in source.cache.values()) == data.CACHE and len(decoded) == 12
+    assert source.stretch.cache_info().currsize == 5 and len(decoded) == 12
     assert torch.equal(source.batch(keys[-1:]).video01[0], batch.video01[-1]) and len(decoded) == 12
     assert torch.equal(source.batch(keys[:1]).video01[0], batch.video01[0]) and len(decoded) == 13
+
+
+def test_latents_are_made_once(folder, tmp_path_factory, monkeypatch, nets):
+    """They are what the codec makes of the clips that are drawn, also of a window that runs back. Catches
+    latents that are made a second time, and those of another codec or of a clip that has changed."""
+    cfg = replace(CFG, device="cpu")
+    out, times = tmp_path_factory.mktemp("nets"), torch.arange(16) + torch.tensor([[0], [9]])
+    shutil.copy(nets / "codec.safetensors", out)
+    codec, made = load_net(out / "codec.safetensors", cfg, "codec"), []
+    monkeypatch.setattr(codec, "encode", lambda x, real=codec.encode: made.append(len(x[0])) or real(x))
+    source, keys = ClipFolder(cfg, str(folder)), [("k", 1), ("k", 2)]
+    source.encode(codec, out)
+    drawn, kept = source.draw(keys, times), source.latents(keys, times)
+    assert made == [24, 24, 24] and kept.words == drawn.words
+    torch.testing.assert_close(kept.latents, Codec.encode(codec, drawn.video01), atol=1e-4, rtol=0)
+    ClipFolder(cfg, str(folder)).encode(codec, out)
+    assert len(made) == 3
+    os.utime(folder / "0.gif", (1, 1))
+    ClipFolder(cfg, str(folder)).encode(codec, out)
+    assert len(made) == 4
+    save_weights(out / "codec.safetensors", Codec(cfg), cfg, "codec")
+    ClipFolder(cfg, str(folder)).encode(codec, out)
+    assert len(made) == 7
 
 
 def test_how_fast_clips_are_read(folder, monkeypatch, capsys):

@@ -110,7 +110,13 @@ def test_a_second_run_does_not_overwrite_the_first(monkeypatch, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "flag, needle", [("--stage=gan", "teacher"), ("--steps=-1", "steps=-1"), ("--data=/x", "/x")]
+    "flag, needle",
+    [
+        ("--stage=gan", "teacher"),
+        ("--steps=-1", "steps=-1"),
+        ("--data=/x", "/x"),
+        ("--cache", "--data=FOLDER"),
+    ],
 )
 def test_bad_input(monkeypatch, tmp_path, capsys, flag, needle):
     with pytest.raises(SystemExit) as stopped:

@@ -28,6 +28,7 @@ class Batch:
     position: Tensor | None = None  # (b objects F 2) centres in pixels (x, y)
     radius: Tensor | None = None  # (b objects)
     meanings: list[list[str]] | None = None  # the scenes, of which `words` may leave something out
+    latents: Tensor | None = None  # (b F c h w), of a folder's clips that have been encoded
 
 
 def shape_alpha(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
