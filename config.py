@@ -96,6 +96,7 @@ class Config:
     t_min: float = 0.02  # lowest noise level at which scores are compared
     t_max: float = 0.98  # highest noise level at which scores are compared
     bf16: bool = False  # autocast; pays on GPUs and on CPUs with bf16 dot products
+    lora: int = 0  # with Wan: rank of the updates that student and critic learn; 0: all weights learn
     checkpointing: bool = False  # recompute blocks in the backward pass
     shard: bool = False  # FSDP2: spread parameters, gradients, optimizers and averages over the processes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
@@ -194,7 +195,7 @@ class Config:
 
 _MAY_BE_ZERO = (
     "codec_noise codec_straight window sink sink_decay context_t beta balance_strength "
-    "threads floor_space floor_time motion seed beta1 beta2 ema t_min critic_warmup"
+    "threads lora floor_space floor_time motion seed beta1 beta2 ema t_min critic_warmup"
 ).split()
 
 

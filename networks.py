@@ -33,6 +33,7 @@ class Networks:
     read: Callable[[list[list[str]]], Tensor]  # captions as words → (b l e)
     null: Tensor  # (1 l e): the text that guidance leads away from
     folder: str = ""  # they were read from here; "" for Wan's
+    weights: Callable = nn.Module.parameters  # of the student, as the average has them
 
 
 def own_networks(cfg: Config, nets: Path, start: str) -> Networks:

@@ -116,8 +116,8 @@ def prepare(cfg: Config, flags, rank: int, world: int) -> Run:
     state = checkpoint.load_state(out, cfg, FREE, flags.resume)
     if bool(flags.wan) != (cfg.time_stride > 1) or flags.wan and not cfg.data:
         raise BadInput("the preset wan-1.3b, --wan=FOLDER and --data=FILE (prompts, one a line) go together")
-    if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign):
-        raise BadInput("--teacher and --videoalign go with --wan, --nets with the other presets")
+    if flags.wan and flags.nets or not flags.wan and (flags.teacher or flags.videoalign or cfg.lora):
+        raise BadInput("--teacher, --videoalign and --lora go with --wan, --nets with the other presets")
     if state and state["step"] > cfg.steps:
         raise BadInput(f"--resume: {out} is at step {state['step']}, beyond --steps={cfg.steps}")
     if flags.wan:

@@ -154,7 +154,7 @@ def update_student(run: Run, step: int) -> dict[str, float]:
 def average(run: Run, step: int) -> None:
     """Move the running average towards the student; after its first step it is the student."""
     share = 1 - run.cfg.ema if step else 1.0
-    for mean, new in zip(run.ema.parameters(), run.student.parameters(), strict=True):
+    for mean, new in zip(run.ema.parameters(), run.weights(run.student), strict=True):
         mean.lerp_(new, share)
 
 
@@ -224,9 +224,10 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
 def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
     """Average gradients over processes, clip, step → gradient norm; no step along one that is zero, as it is
     when no sample was finite, or not finite."""
-    for p in net.parameters():
+    params = [p for p in net.parameters() if p.requires_grad]
+    for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    processes.average_gradients(list(net.parameters()))
+    processes.average_gradients(params)
     norm = processes.clip_gradients(net, cfg.clip)
     if norm.isfinite() and norm > 0:
         opt.step()

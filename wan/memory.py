@@ -84,8 +84,8 @@ class Flags:
     teacher_size: str = "1.3b"  # 1.3b | 14b
 
 
-def networks(cfg: Config, teacher: Config, sharded: bool) -> tuple[VideoDiT, VideoDiT, VideoDiT]:
-    """Student, critic and teacher as a pass sees them: what is sharded arrives in bf16 if cfg.bf16."""
+def networks(cfg: Config, teacher: Config, low: bool) -> tuple[VideoDiT, VideoDiT, VideoDiT]:
+    """Student, critic and teacher as a pass sees them: the teacher, and if `low` all, in bf16 if cfg.bf16."""
 
     def made(config: Config, low: bool) -> VideoDiT:
         before = torch.get_default_dtype()
@@ -95,7 +95,7 @@ def networks(cfg: Config, teacher: Config, sharded: bool) -> tuple[VideoDiT, Vid
         finally:
             torch.set_default_dtype(before)
 
-    student, critic, frozen = made(cfg, sharded), made(cfg, sharded), made(teacher, True)
+    student, critic, frozen = made(cfg, low), made(cfg, low), made(teacher, True)
     for p in (*student.parameters(), *critic.parameters()):  # gradients are counted by hand
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return student, critic, frozen.requires_grad_(False)
@@ -108,7 +108,7 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
     `fake`: on tensors without numbers; else for real, which is how a test knows that the two agree.
     """
     with FakeTensorMode() if fake else nullcontext(), like_cuda():
-        student, critic, frozen = networks(cfg, teacher, sharded)
+        student, critic, frozen = networks(cfg, teacher, sharded or cfg.lora > 0)
         rough = autocast(replace(cfg, device="cpu"))
         with Tally() as first, rough:
             text = torch.zeros(clips, cfg.text_length, cfg.text_width)
@@ -159,11 +159,13 @@ def estimate(cfg: Config, teacher: Config, processes: int, clips: int = 1) -> di
     with torch.device("meta"):
         own, large = (sum(p.numel() for p in VideoDiT(c).parameters()) for c in (cfg, teacher))
     low, sharded = 2 if cfg.bf16 else 4, cfg.shard and processes > 1
+    updates = cfg.lora * cfg.layers * (18 * cfg.dim + 2 * cfg.ffn), 2 * low * own
+    trained, frozen = updates if cfg.lora else (own, 0)
     share = processes if sharded else 1
     lasting = {
-        "student, average, critic": 12 * own / share,
-        "their optimizers": 16 * own / share,
-        "gradients": 4 * own / share,
+        "student, average, critic": (4 * own + frozen + 8 * trained) / share,
+        "their optimizers": 16 * trained / share,
+        "gradients": 4 * trained / share,
         "teacher": low * large / share,
         "blocks in passing": sharded * 2 * low * max(own / cfg.layers, large / teacher.layers),
     }

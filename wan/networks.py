@@ -14,9 +14,11 @@ from data import read_text
 from engine import processes
 from engine.checkpoint import not_finite, read_header
 from engine.rng import pick, rng_for
+from model import VideoDiT
 from networks import Networks, load_net
 from wan import memory
 from wan.hub import WAN, local
+from wan.lora import adapt, merged
 from wan.videoalign import load_videoalign, refuse_marks
 from wan.weights import load_text, load_vae, open_wan, sized
 
@@ -50,8 +52,7 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
     if cfg.weighted:
         refuse_marks(prompts)
     teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
-    for name, part in teacher.named_children():  # outside of the blocks, above all for time, fp32
-        part.to(torch.bfloat16 if cfg.bf16 and name == "blocks" else torch.float32)
+    lowered(teacher, cfg)
     student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
     if cfg.device == "cuda":
         size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)
@@ -63,13 +64,21 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
     text = load_text(flags.wan, cfg.text_length, Path(flags.out) / "text", cfg.device, cfg.bf16)
     text.keep([*prompts, cfg.negative][processes.rank() :: processes.world()])
     processes.wait()
-    text.forget_encoder()
 
     def read(captions: list[list[str]]) -> Tensor:
         return text([" ".join(words) for words in captions])
 
-    null = text([cfg.negative]).to(cfg.device)
-    return Networks(origin, codec, teacher, student, copy.deepcopy(student), critic, reward, read, null)
+    null, ema = text([cfg.negative]).to(cfg.device), copy.deepcopy(student)
+    if cfg.lora:
+        student, critic = (adapt(lowered(net, cfg), cfg) for net in (student, critic))
+    return Networks(origin, codec, teacher, student, ema, critic, reward, read, null, weights=merged)
+
+
+def lowered(net: VideoDiT, cfg: Config) -> VideoDiT:
+    """What is frozen, if cfg.bf16: its blocks in bf16, the rest, above all for time, in fp32. In place."""
+    for name, part in net.named_children():
+        part.to(torch.bfloat16 if cfg.bf16 and name == "blocks" else torch.float32)
+    return net
 
 
 def open_student(path: Path, preset: str, typed: dict, flags, student_config):
@@ -78,11 +87,14 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     path = Path(local(str(path), WAN[:1]))
     if not path.exists():
         raise BadInput(f"no student at {path}; 'python train.py {preset}' makes one, then --student=FILE")
-    foreign = not is_ours(path)
-    if foreign and "method" not in typed:
-        raise BadInput(f"{path} does not name the method that trained it: --method={' | '.join(METHODS)}")
-    made = json.dumps(asdict(build(preset, typed))) if foreign else ""
-    header = {"kind": "student", "config": made} if foreign else read_header(path)
+    try:
+        header, foreign = read_header(path), False
+    except BadInput:  # `save_weights` did not write it
+        if "method" not in typed:
+            raise BadInput(
+                f"{path} does not name the method it had: --method={' | '.join(METHODS)}"
+            ) from None
+        header, foreign = {"kind": "student", "config": json.dumps(asdict(build(preset, typed)))}, True
     cfg = student_config(header, preset, typed, flags.steps)
     student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
     if foreign and (what := not_finite(student.state_dict())):
@@ -92,14 +104,6 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     codec = load_vae(folder)
     codec.vae.to(torch.bfloat16 if cfg.bf16 else torch.float32)
     return cfg, student, codec, lambda prompt: text([prompt])
-
-
-def is_ours(path: Path) -> bool:
-    """Whether `save_weights` wrote a file."""
-    try:
-        return bool(read_header(path))
-    except BadInput:
-        return False
 
 
 def trace(tensors: list[Tensor]) -> str:

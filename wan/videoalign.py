@@ -8,7 +8,6 @@ A folder is put together from what its authors publish; nothing of it is copied 
 model_config.json, checkpoint-*/model.pth    huggingface.co/KwaiVGI/VideoReward
 prompt_template.py                           github.com/KwaiVGI/VideoAlign; read as text, never run
 Qwen2-VL-2B-Instruct/                        config.json and the tokenizer of huggingface.co/Qwen/...
-
 Or the name KwaiVGI/VideoReward: all is fetched but prompt_template.py, which lies where you are.
 
 differs from what Reward Forcing and Stream-R1 release: pixels within [0, 1]; as many frames a second as the
@@ -19,7 +18,6 @@ every sample is judged, not the first of a batch; one forward serves the scores 
 import ast
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,30 +39,21 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which Qwen2-VL was traine
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the checkpoint's model_config.json says."""
-
-    fps: float  # frames looked at per second
-    max_frame_pixels: int
-    mean: tuple[float, float, float]  # of the raw scores, per axis
-    std: tuple[float, float, float]
-
-
 class VideoAlignReward(nn.Module):
     """`reward(video01, prompts)`: (b F 3 H W) in [0, 1], b strings → (b s), differentiable in the pixels.
 
-    net: transformers' Qwen2VLModel; head: (s, width); video_fps: of the clips that will be judged.
+    net: transformers' Qwen2VLModel; head: (s, width); settings: `read_settings`; video_fps: of the clips that
+    will be judged.
     """
 
     reads = "prompts"
 
-    def __init__(self, net: nn.Module, head: Tensor, tokenizer, template: str, settings: Settings, video_fps):
+    def __init__(self, net: nn.Module, head: Tensor, tokenizer, template: str, settings: dict, video_fps):
         super().__init__()
         self.net, self.tokenizer, self.template = net.eval().requires_grad_(False), tokenizer, template
         self.settings, self.video_fps = settings, video_fps
         self.ids = tokenizer.convert_tokens_to_ids(list(TOKENS))
-        for name, values in (("mean", settings.mean), ("std", settings.std)):
+        for name, values in (("mean", settings["mean"]), ("std", settings["std"])):
             self.register_buffer(name, torch.tensor(values))
         self.register_buffer("head", head)
         for name, values in (("pixel_mean", _MEAN), ("pixel_std", _STD)):
@@ -85,7 +74,7 @@ class VideoAlignReward(nn.Module):
 
     def sampled(self, frames: int) -> Tensor:
         """Which of a clip's frames are looked at (n,): evenly spread, an even number, four or more."""
-        count = max(frames / self.video_fps * self.settings.fps, 4)
+        count = max(frames / self.video_fps * self.settings["fps"], 4)
         count = min(round(count / PAIR), frames // PAIR) * PAIR
         return torch.linspace(0, frames - 1, count).round().long()
 
@@ -98,7 +87,7 @@ class VideoAlignReward(nn.Module):
         if low < -1e-3 or high > 1 + 1e-3:
             raise ValueError(f"video01 must lie in [0, 1]; it spans [{low:.3f}, {high:.3f}]")
         x = video01[:, self.sampled(video01.shape[1]).to(video01.device)].float()
-        size = smart_resize(*x.shape[-2:], PATCH * MERGE, _FEWEST_PIXELS, self.settings.max_frame_pixels)
+        size = smart_resize(*x.shape[-2:], PATCH * MERGE, _FEWEST_PIXELS, self.settings["pixels"])
         x = F.interpolate(x.flatten(0, 1), size, mode="bicubic", antialias=True).clamp(0, 1)
         x = ((x - self.pixel_mean) / self.pixel_std).unflatten(0, (len(video01), -1))
         grid = torch.tensor([[x.shape[1] // PAIR, size[0] // PATCH, size[1] // PATCH]], device=x.device)
@@ -159,15 +148,16 @@ def load_videoalign(folder: str | Path, video_fps: float) -> VideoAlignReward:
     return VideoAlignReward(net, head, tokenizer, template, settings, video_fps)
 
 
-def read_settings(path: Path) -> tuple[Settings, float]:
-    """model_config.json → settings, and how much the low-rank updates count. Raises BadInput."""
+def read_settings(path: Path) -> tuple[dict, float]:
+    """model_config.json → frames looked at a second, largest frame in pixels, mean and deviation of the raw
+    scores on each axis; and how much the low-rank updates count. Raises BadInput."""
     if not path.is_file():
         raise BadInput(f"{path.parent} lacks model_config.json of VideoReward")
     try:
         words = json.loads(path.read_text())
         data, scale, lora = words["data_config"], words["inference_config"], words["peft_lora_config"]
         mean, std = (tuple(float(scale[f"{axis}_{what}"]) for axis in AXES) for what in ("mean", "std"))
-        settings = Settings(float(data["fps"]), int(data["max_frame_pixels"]), mean, std)
+        settings = dict(fps=float(data["fps"]), pixels=int(data["max_frame_pixels"]), mean=mean, std=std)
         kinds = words["model_config"]["reward_token"], data["sample_type"], data["prompt_template_type"]
         rank = lora["lora_r"] ** 0.5 if lora["use_rslora"] else lora["lora_r"]
         strength = lora["lora_alpha"] / rank

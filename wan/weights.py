@@ -161,7 +161,9 @@ class WanCodec(nn.Module):
     def stream(self) -> Callable[[Tensor], Tensor]:
         """A decoder with a memory: called with a clip's latents part after part, it gives their frames, the
         same as all at once."""
-        memory: list = [None] * sum(isinstance(m, _causal_conv()) for m in self.vae.decoder.modules())
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+        memory: list = [None] * sum(isinstance(m, WanCausalConv3d) for m in self.vae.decoder.modules())
         seen = 0
 
         def decode_next(x: Tensor) -> Tensor:
@@ -185,12 +187,6 @@ class WanCodec(nn.Module):
         memory = list(memory)
         more = {"first_chunk": True} if first else {}
         return self.vae.decoder(latent, feat_cache=memory, feat_idx=[0], **more), memory
-
-
-def _causal_conv() -> type:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-    return WanCausalConv3d
 
 
 def load_vae(path: str | Path) -> WanCodec:
@@ -235,14 +231,11 @@ class WanText:
     def encoder(self) -> nn.Module:
         return self.make_encoder().eval()
 
-    def forget_encoder(self) -> None:
-        """Free its memory."""
-        self.__dict__.pop("encoder", None)
-
     def keep(self, prompts: list[str]) -> None:
-        """Encode prompts ahead, onto the disk, so that the encoder is not asked again."""
+        """Encode prompts ahead, onto the disk, so that the encoder is not asked again; it leaves memory."""
         for prompt in tqdm(prompts, desc="prompts"):
             self._states(prompt)
+        self.__dict__.pop("encoder", None)
 
     def __call__(self, prompts: list[str]) -> Tensor:
         return torch.stack([F.pad(x, (0, 0, 0, self.length - len(x))) for x in map(self._states, prompts)])

@@ -1,0 +1,34 @@
+"""LoRA (Hu et al. 2021): the network is frozen, low-rank updates of its blocks' matrices learn; by peft."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from config import BadInput, Config
+from model import VideoDiT
+
+
+def adapt(net: VideoDiT, cfg: Config) -> VideoDiT:
+    """Updates of rank cfg.lora, which are zero at first, in place: attention and feed-forward. The frozen
+    rest may be in bf16, they are in fp32. Raises BadInput."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise BadInput("--lora needs peft: pip install 'stream-r1[wan]'") from error
+    torch.manual_seed(cfg.seed)  # every process draws the same
+    where = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])"
+    inject_adapter_in_model(LoraConfig(r=cfg.lora, lora_alpha=cfg.lora, target_modules=where), net)
+    for name, p in net.named_parameters():
+        p.data = p.data.float() if ".lora_" in name else p.data
+    return net
+
+
+def merged(net: VideoDiT) -> Iterator[Tensor]:
+    """What the parameters of the network are with its updates added, in the order of the plain one's."""
+    for name, p in net.named_parameters():
+        layer = name.removesuffix(".base_layer.weight")
+        if layer != name:
+            yield p + net.get_submodule(layer).get_delta_weight("default")
+        elif ".lora_" not in name:
+            yield p.float()
