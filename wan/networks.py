@@ -1,6 +1,5 @@
 """Wan2.1's networks and VideoAlign's reward, as train.py's Networks."""
 
-import copy
 import hashlib
 import json
 from dataclasses import asdict, replace
@@ -53,7 +52,8 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
         refuse_marks(prompts)
     teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
     lowered(teacher, cfg)
-    student, critic = (open_wan(path, cfg).float() for path in (flags.start or flags.wan, flags.wan))
+    start = flags.start or flags.wan  # opened twice: what is mapped, all processes of a machine share
+    student, ema, critic = (open_wan(path, cfg).float() for path in (start, start, flags.wan))
     if cfg.device == "cuda":
         size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)
         memory.check(cfg, size, processes.world(), torch.cuda.mem_get_info()[0] / memory.GB)
@@ -68,7 +68,7 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
     def read(captions: list[list[str]]) -> Tensor:
         return text([" ".join(words) for words in captions])
 
-    null, ema = text([cfg.negative]).to(cfg.device), copy.deepcopy(student)
+    null = text([cfg.negative]).to(cfg.device)
     if cfg.lora:
         student, critic = (adapt(lowered(net, cfg), cfg) for net in (student, critic))
     return Networks(origin, codec, teacher, student, ema, critic, reward, read, null, weights=merged)

@@ -120,6 +120,25 @@ def test_a_file_in_bf16(cfg, ours, tmp_path):
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a process")
+def test_weights_are_mapped(cfg, tmp_path):
+    """Three networks of one file, read to the end, take no memory but the file's own pages, which other
+    processes share. Catches a copy on the way."""
+    cfg = replace(cfg, dim=512, ffn=2048, heads=4)
+    save_file(VideoDiT(cfg).state_dict(), tmp_path / "x.safetensors")
+
+    def memory() -> dict[str, int]:
+        lines = [line.split() for line in open("/proc/self/smaps_rollup")]
+        return {words[0]: int(words[1]) * 1024 for words in lines if words[0] in ("Rss:", "Anonymous:")}
+
+    before, size = memory(), (tmp_path / "x.safetensors").stat().st_size
+    nets = [open_wan(tmp_path / "x.safetensors", cfg).float() for _ in range(3)]
+    assert all(p.isfinite().all() for net in nets for p in net.parameters())
+    after = memory()
+    assert after["Rss:"] - before["Rss:"] > 2.5 * size  # read they were
+    assert after["Anonymous:"] - before["Anonymous:"] < 0.5 * size
+
+
 def test_what_does_not_fit(cfg, ours, tmp_path):
     """Every tensor and every place is accounted for, by name, in one line."""
 
