@@ -82,6 +82,5 @@ class Codec(nn.Module):
         z = self.encode(video01)
         out = self._decode(z + self.noise * noise)
         z0, z1, z2 = z.float().unbind(1)
-        bend, change = (z0 - 2 * z1 + z2).square().mean(), (z2 - z0).square().mean()
-        straight = bend / change.clamp(min=1e-6)
-        return F.mse_loss(out, video01) + 0.1 * F.l1_loss(out, video01) + self.straight * straight
+        bend, change = (z0 - 2 * z1 + z2).square().mean(), (z2 - z0).square().mean().clamp(min=1e-6)
+        return F.mse_loss(out, video01) + 0.1 * F.l1_loss(out, video01) + self.straight * (bend / change)

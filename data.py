@@ -219,8 +219,8 @@ class ClipFolder:
 
     @torch.no_grad()
     def encode(self, codec, nets: Path) -> None:
-        """Makes `latents` possible: every frame goes through the codec, which lies in the folder `nets`. What
-        nets/latents holds of the same codec, canvas and file is taken as it is. Raises BadInput."""
+        """For `latents`: every frame through the codec of the folder `nets`, unless nets/latents holds what
+        came of the same codec, canvas and file. Raises BadInput."""
         cfg, folder, self.encoded = self.cfg, writable_folder(f"{nets}/latents"), []
         own = fingerprint(nets, ("codec",)), cfg.height, cfg.width, cfg.fps
         for number, (clip, _) in enumerate(tqdm(self.clips, "encoding clips", delay=2)):

@@ -94,10 +94,8 @@ def train_codec(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.Mo
 def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, codec, cfg, flags, gaps=False):
     """`learn` of VideoDiTs, loss_of(net, x, noise, text, u): latents x of fresh clips and noise
     (b f c h w), text (b l e), dropped from one in ten, and what draw_t draws for each clip's times.
-
     gaps: in half of the clips the first chunk lies further back, as sinks do in a long stream.
     """
-
     if flags.cache:
         source.encode(codec, Path(flags.out))
 
@@ -244,9 +242,8 @@ def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> No
         decoded = net.decode(net.encode(good.to(cfg.device))).cpu()
         rows = zip(batch.prompts, torch.cat([good, decoded], dim=3), strict=True)  # one above the other
     elif name == "reward":
-        rngs = [rng_for("show", i) for i in range(6)]
-        _, (looks, motion), _ = pairs(batch.video01, batch.words, rngs, bool(cfg.data))
-        clips = {"": good, "worse looks: ": looks, "worse motion: ": motion}
+        worse = pairs(batch.video01, batch.words, [rng_for("show", i) for i in range(6)], True)[1]
+        clips = {"": good, "worse looks: ": worse[0], "worse motion: ": worse[1]}
         scores = {k: net(v.to(cfg.device), text.to(cfg.device)) for k, v in clips.items()}
         rows = [(f"{kind}{prompt}   {_per_axis(scores[kind][i], '+.2f')}", video[i])
                 for i, prompt in enumerate(batch.prompts) for kind, video in clips.items()]  # fmt: skip
@@ -283,8 +280,7 @@ class Muon(torch.optim.Muon):
                 x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
             x = (x.mT if tall else x).float()
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            size = 0.2 * max(shape) ** 0.5  # match_rms_adamw: as large as AdamW's steps
-            torch._foreach_add_(params, list(x.unbind()), alpha=-group["lr"] * size)
+            torch._foreach_add_(params, list(x.unbind()), alpha=-group["lr"] * (0.2 * max(shape) ** 0.5))
 
 
 def adam_and_muon(net: nn.Module, lr: float, bf16: bool, blocks=()) -> list:
@@ -293,7 +289,7 @@ def adam_and_muon(net: nn.Module, lr: float, bf16: bool, blocks=()) -> list:
     taken = {id(p) for p in matrices}
     rest = [p for p in net.parameters() if id(p) not in taken]
     adam = torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.99), weight_decay=0.01)
-    how = dict(lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    how = dict(lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")  # steps as large as AdamW's
     return [adam, Muon(matrices, bf16, **how)] if matrices else [adam]
 
 

@@ -224,8 +224,7 @@ def update_critic(run: Run, *key: int | str) -> dict[str, float]:
 def update(net: nn.Module, opt: torch.optim.Optimizer, cfg: Config) -> float:
     """Average gradients over processes, clip, step → gradient norm; no step along one that is zero, as it is
     when no sample was finite, or not finite."""
-    params = [p for p in net.parameters() if p.requires_grad]
-    for p in params:
+    for p in (params := [p for p in net.parameters() if p.requires_grad]):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     processes.average_gradients(params)
     norm = processes.clip_gradients(net, cfg.clip)

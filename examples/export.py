@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from config import BadInput, Config, cli, from_cli, from_words
+from config import BadInput, Config, cli, from_words, read_cli
 from engine import checkpoint
 from engine.rng import rng_for
 from model import VideoDiT
@@ -110,8 +110,8 @@ def export(student: Path, out: Path) -> float:
 
 
 def main() -> None:
-    cfg, flags = from_cli(flags=Flags, doc=__doc__)
-    openmp.use_threads(cfg.threads)
+    _, typed, flags = read_cli(None, Flags, __doc__)
+    openmp.use_threads(typed.get("threads", 0))
     found = export(Path(flags.student), Path(flags.out))
     print(f"{flags.out}: transformer/ differs from the student by {found:.1e}; README.md is its card")
 

@@ -27,8 +27,7 @@ def adapt(net: VideoDiT, cfg: Config) -> VideoDiT:
 def merged(net: VideoDiT) -> Iterator[Tensor]:
     """What the parameters of the network are with its updates added, in the order of the plain one's."""
     for name, p in net.named_parameters():
-        layer = name.removesuffix(".base_layer.weight")
-        if layer != name:
-            yield p + net.get_submodule(layer).get_delta_weight("default")
+        if name.endswith(".base_layer.weight"):
+            yield p + net.get_submodule(name.removesuffix(".base_layer.weight")).get_delta_weight("default")
         elif ".lora_" not in name:
             yield p.float()
