@@ -1,11 +1,20 @@
-"""Names on huggingface.co in the place of files and folders that are here."""
+"""What is not here: packages of the extra `wan`, and names on huggingface.co in the place of files."""
 
+import importlib
 import re
 from pathlib import Path
 
 from config import BadInput
 
 WAN = ("transformer/*", "vae/*", "text_encoder/*", "tokenizer/*")  # of Wan2.1 in diffusers' format
+
+
+def extra(module: str):
+    """An installed module. Raises BadInput."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(f"{module.partition('.')[0]} is needed: pip install 'stream-r1[wan]'") from error
 
 
 def local(name: str, files: tuple[str, ...] = WAN) -> str:

@@ -5,20 +5,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from config import BadInput, Config
+from config import Config
 from model import VideoDiT
+from wan.hub import extra
 
 
 def adapt(net: VideoDiT, cfg: Config) -> VideoDiT:
     """Updates of rank cfg.lora, which are zero at first, in place: attention and feed-forward. The frozen
     rest may be in bf16, they are in fp32. Raises BadInput."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise BadInput("--lora needs peft: pip install 'stream-r1[wan]'") from error
+    peft = extra("peft")
     torch.manual_seed(cfg.seed)  # every process draws the same
     where = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])"
-    inject_adapter_in_model(LoraConfig(r=cfg.lora, lora_alpha=cfg.lora, target_modules=where), net)
+    how = peft.LoraConfig(r=cfg.lora, lora_alpha=cfg.lora, target_modules=where)
+    peft.inject_adapter_in_model(how, net)
     for name, p in net.named_parameters():
         p.data = p.data.float() if ".lora_" in name else p.data
     return net

@@ -30,6 +30,7 @@ from dmd import critic_loss, dmd_gradient, dmd_loss
 from engine.processes import autocast, sharing
 from model import ListCache, VideoDiT
 from rollout import Given, context_level, denoise_chunk, remember_chunk, step_grid
+from wan.hub import extra
 from wan.weights import WanCodec
 
 WAN_SIZES = {"1.3b": {}, "14b": dict(dim=5120, ffn=13824, layers=40, heads=40)}
@@ -138,12 +139,9 @@ def exit_passes(student: VideoDiT, text: Tensor, cfg: Config) -> Tensor:
 @functools.cache
 def judging(cfg: Config, clips: int) -> dict[str, float]:
     """Bytes of Wan's codec and VideoAlign's reward: their weights, and while they look at rollouts."""
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError as error:
-        raise BadInput("Wan's codec needs diffusers: pip install 'stream-r1[wan]'") from error
+    diffusers = extra("diffusers")
     with FakeTensorMode(), torch.no_grad():
-        codec = WanCodec(AutoencoderKLWan())
+        codec = WanCodec(diffusers.AutoencoderKLWan())
         with Tally() as tally:
             codec.decode(torch.zeros(clips, cfg.frames, *cfg.latent_shape))
     weights = 4 * sum(p.numel() for p in codec.parameters()) + 2 * REWARD

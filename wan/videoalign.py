@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from config import BadInput
 from engine.checkpoint import fit
 from reward import AXES
-from wan.hub import local
+from wan.hub import extra, local
 from wan.weights import read_tensors
 
 TOKENS = tuple(f"<|{axis}_reward|>" for axis in AXES)
@@ -117,10 +117,7 @@ def refuse_marks(prompts: list[str]) -> None:
 
 def load_videoalign(folder: str | Path, video_fps: float) -> VideoAlignReward:
     """See the top of this file for what belongs into the folder. Raises BadInput for what is missing."""
-    try:
-        from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
-    except ImportError as error:
-        raise BadInput("VideoAlign's reward needs transformers: pip install 'stream-r1[wan]'") from error
+    transformers = extra("transformers")
     given, folder = Path(folder), Path(local(str(folder), ("model_config.json", "checkpoint-*/model.pth")))
     fetched = given != folder
     settings, lora_scale = read_settings(folder / "model_config.json")
@@ -133,8 +130,8 @@ def load_videoalign(folder: str | Path, video_fps: float) -> VideoAlignReward:
     tensors = plain_weights(read_tensors(weights[-1]), lora_scale)
     try:
         qwen = local(QWEN, ("*.json", "*.txt", "*.jinja")) if fetched else folder / QWEN.partition("/")[2]
-        tokenizer = AutoTokenizer.from_pretrained(qwen, local_files_only=True)
-        made = Qwen2VLConfig.from_pretrained(qwen, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(qwen, local_files_only=True)
+        made = transformers.Qwen2VLConfig.from_pretrained(qwen, local_files_only=True)
     except (OSError, ValueError) as error:
         what = f"{folder} lacks Qwen2-VL-2B-Instruct/ with config.json and tokenizer"
         raise BadInput(f"{what}: {str(error).splitlines()[0]}") from error
@@ -143,7 +140,7 @@ def load_videoalign(folder: str | Path, video_fps: float) -> VideoAlignReward:
     if head is None or embedding is None or len(head) != len(TOKENS) or len(embedding) < len(tokenizer):
         raise BadInput(f"{weights[-1]} holds no Qwen2-VL with a head of {len(TOKENS)} rewards")
     made.text_config.vocab_size = len(embedding)
-    net = Qwen2VLModel._from_config(made, dtype=embedding.dtype)
+    net = transformers.Qwen2VLModel._from_config(made, dtype=embedding.dtype)
     fit(net, {k: v for k, v in tensors.items() if k != "rm_head.weight"}, weights[-1])
     return VideoAlignReward(net, head, tokenizer, template, settings, video_fps)
 

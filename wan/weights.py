@@ -31,6 +31,7 @@ from tqdm import tqdm
 from config import PRESETS, BadInput, Config
 from engine.checkpoint import fit, writable_folder, write_atomically
 from model import VideoDiT
+from wan.hub import extra
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")  # where training code keeps the network
 _WRAPPERS = (
@@ -41,10 +42,7 @@ _WRAPPERS = (
 
 def names_in_diffusers(layers: int) -> dict[str, str]:
     """{name as in model.py: diffusers' name} of a transformer with that many blocks. Raises BadInput."""
-    try:
-        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
-    except ImportError as error:
-        raise BadInput("diffusers' names need diffusers: pip install 'stream-r1[wan]'") from error
+    convert = extra("diffusers.loaders.single_file_utils").convert_wan_transformer_to_diffusers
     with torch.device("meta"):
         names = VideoDiT(replace(PRESETS["wan-1.3b"], layers=layers)).state_dict()
     return {ours: theirs for theirs, ours in convert({name: name for name in names}).items()}
@@ -97,9 +95,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         for part in parts:
             new = read_tensors(part)
             if twice := sorted(new.keys() & tensors.keys()):
-                raise BadInput(
-                    f"{inner} holds {twice[0]} twice, also in {part.name}: which is the newer one?"
-                )
+                raise BadInput(f"{inner} holds {twice[0]} twice, also in {part.name}: which is newer?")
             tensors |= new
         return tensors
     if not path.is_file():
@@ -191,20 +187,16 @@ class WanCodec(nn.Module):
 
 def load_vae(path: str | Path) -> WanCodec:
     """Wan2.1_VAE.pth, or a folder in diffusers' format (with vae/ inside or not). Raises BadInput."""
-    try:
-        from diffusers import AutoencoderKLWan
-        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-    except ImportError as error:
-        raise BadInput("Wan's codec needs diffusers: pip install 'stream-r1[wan]'") from error
+    kind, convert = extra("diffusers").AutoencoderKLWan, extra("diffusers.loaders.single_file_utils")
     path = Path(path)
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         try:
-            found = AutoencoderKLWan.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
             return WanCodec(complete(*found, folder))
         except (OSError, ValueError, RuntimeError) as error:
             raise BadInput(f"{folder} holds no Wan VAE: {str(error).splitlines()[0]}") from error
-    return WanCodec(fit(AutoencoderKLWan(), convert_wan_vae_to_diffusers(read_tensors(path)), path))
+    return WanCodec(fit(kind(), convert.convert_wan_vae_to_diffusers(read_tensors(path)), path))
 
 
 def complete(net: nn.Module, info: dict, path: Path, given: tuple[str, ...] = ()) -> nn.Module:
@@ -262,20 +254,16 @@ class WanText:
 def load_text(path: str | Path, length=512, cache: str | Path = "", device="cpu", bf16=False) -> WanText:
     """A folder in diffusers' format, text_encoder/ and tokenizer/ inside. Raises BadInput, for the encoder
     when it is first asked."""
-    try:
-        import ftfy  # noqa: F401
-        from transformers import AutoTokenizer, UMT5EncoderModel
-    except ImportError as error:
-        raise BadInput("Wan's text needs transformers and ftfy: pip install 'stream-r1[wan]'") from error
-    folder = Path(path)
+    extra("ftfy")
+    transformers, folder = extra("transformers"), Path(path)
 
     def make_encoder() -> nn.Module:
         how = dict(dtype=torch.bfloat16 if bf16 else torch.float32, output_loading_info=True)
-        encoder, info = _readable(UMT5EncoderModel, folder / "text_encoder", **how)
+        encoder, info = _readable(transformers.UMT5EncoderModel, folder / "text_encoder", **how)
         encoder.encoder.embed_tokens = encoder.shared  # files have one of the two, whatever their config says
         return complete(encoder, info, folder, ("encoder.embed_tokens.weight",)).to(device)
 
-    return WanText(make_encoder, _readable(AutoTokenizer, folder / "tokenizer"), cache, length)
+    return WanText(make_encoder, _readable(transformers.AutoTokenizer, folder / "tokenizer"), cache, length)
 
 
 def _readable(kind, folder: Path, **how):

@@ -63,7 +63,7 @@ def test_only_with_wan(tmp_path):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(BadInput, match=r"--lora needs peft: pip install 'stream-r1\[wan\]'"):
+    with pytest.raises(BadInput, match=r"peft is needed: pip install 'stream-r1\[wan\]'"):
         adapt(VideoDiT(CFG), replace(CFG, lora=4))
 
 
