@@ -152,8 +152,15 @@ def test_either_cache_gives_the_same_stream(tiny, model):
 
 
 def test_what_is_printed_and_what_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(family.tmd, "SEEDS", 2), monkeypatch.setattr(family.tmd, "CLIPS", 2)
-    in_process(monkeypatch, family.tmd, f"--out={tmp_path}", "--steps=1")
+    clips = torch.randn(2, 4, 12, 4, 4, generator=rng_for("clips"))
+    for name, value in {
+        "SEEDS": 2,
+        "CLIPS": 2,
+        "trained": lambda *args: 0,
+        "dream": lambda *args: clips,
+    }.items():
+        monkeypatch.setattr(family.tmd, name, value)
+    in_process(monkeypatch, family.tmd, f"--out={tmp_path}")
     *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and lines[1].count(" 0.000 ±0.000") == 4 and (tmp_path / "tmd.png").samefile(last)
     for word in ("small", "--beta=1", "--steps=0", "--steps=-1"):
