@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import ROOT, BadInput, cli, from_words, read_cli
-from engine.checkpoint import read_header
+from engine.checkpoint import read_header, writable_folder
 from engine.rng import randn, rng_for
+from engine.sheet import contact_sheet
 from model import KV, ListCache
 from networks import load_net
 from rollout import step_grid, stream
@@ -91,6 +92,7 @@ def batched(student, text, cfg, rngs, over, strength, levels=None, tau=-1.0):
 class Flags:
     student: Path = ROOT / "assets/tiny/stream_r1.safetensors"  # its codec lies beside it
     clips: int = 128  # of the test split, and chunks that are timed
+    out: Path = Path("out/family/streamv2v.png")  # the picture
 
 
 @torch.no_grad()
@@ -101,6 +103,7 @@ def main() -> None:
     cfg = from_words(words, {"device": "cpu", "sink_mode": "static", "context": "aligned"})
     if typed or cfg.preset != "tiny" or n < 2:
         raise BadInput(f"{typed or flags} is not possible; allowed: a tiny student, clips above 1")
+    writable_folder(str(flags.out.parent))
     student = load_net(flags.student, cfg, "student")
     codec = load_net(flags.student.with_name("codec.safetensors"), cfg, "codec")
     drawn = World(cfg, "test").batch([("v2v", i) for i in range(n)], torch.arange(6 * cfg.chunk))
@@ -112,10 +115,12 @@ def main() -> None:
     ways = {"level by motion": (chunks, levels), "its mean": (chunks, 6 * [torch.stack(levels).mean()])}
     inputs = {"same scene": chunks, "cut": [*(z.roll(1, 0) for z in chunks[:3]), *chunks[3:]]}
     ways |= {f"{k}, tau {tau}": (z, None, tau) for k, z in inputs.items() for tau in (0.2, 0.9)}
+    rows = [("input", codec.decode(torch.cat(inputs["cut"], 1)[:1])[0])]
     print("                      jitter, px     from input   sinks replaced; of the last 3 of 6 chunks")
     for name, (parts, *how) in tqdm(ways.items()):
         rngs = [rng_for("v2v", i) for i in range(n)]
         made, replaced = zip(*batched(student, text, cfg, rngs, parts, start, *how), strict=True)
+        rows += [(f"{name}: {replaced[-1]} sinks replaced", codec.decode(torch.cat(made, 1)[:1])[0])]
         shown = codec.decode(torch.cat(made[3:], 1))
         off = (shown - torch.cat(frames[3:], 1)).square().mean((1, 2, 3, 4)).sqrt()
         jitter = measure(shown, drawn.prompts)["jitter"]
@@ -126,6 +131,7 @@ def main() -> None:
         ends = [time.perf_counter() for way in islice(ways, 2 * (n + 8)) for _ in islice(way, 1)]
         one, more = 1000 * torch.tensor(ends, dtype=torch.float64).diff()[15:].view(-1, 2).median(0).values
         print(f"strength {s}: {one:.1f} ms a chunk, batched {more:.1f}, ratio {more / one:.2f}")
+    print(contact_sheet(flags.out, [rows[0], *rows[-2:]], every=3))
 
 
 if __name__ == "__main__":

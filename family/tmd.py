@@ -10,9 +10,9 @@ Claim: a student of M steps gains from an inner flow: a head runs N times a step
 
 differs: the head's block is one more and sees its own chunk alone (paper: the last 5 of 30); the flow is
 that of x, not of ε - x. simplified: stage 1 alone (2: DMD through all inner steps); no adaptive weight.
-seen here: yes (`python -m family.tmd`; three trainings, 95 % intervals, the start of all has looks .72). Looks
-of matching .65 ±.08, .76 ±.08, .85 ±.05 for N = 1, 2, 4, of MeanFlow .73 ±.07, .86 ±.03, .90 ±.04. Minus matching's
-N = 1, paired: +.113 ±.004 and +.202 ±.038; MeanFlow +.084 ±.016, +.215 ±.046, +.252 ±.054. A test has a ring.
+seen here (`python -m family.tmd`; three trainings, 95 % intervals; their start has looks .72): yes. Looks of
+matching .65 ±.08, .76 ±.08, .85 ±.05 for N = 1, 2, 4, of MeanFlow .73 ±.07, .86 ±.03, .90 ±.04. Minus N = 1
+of matching: +.113 ±.004, +.202 ±.038; MeanFlow +.084 ±.016, +.215 ±.046, +.252 ±.054. A test has eight modes.
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
