@@ -29,6 +29,7 @@ from engine.processes import largest_process
 from engine.rng import rng_for
 from live.pace import played, steps_in_time
 from model import RingCache, VideoDiT
+from networks import for_sampling
 from rollout import directly, step_grid, stream
 
 
@@ -119,9 +120,8 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
     """Every mode this machine has → rows."""
     torch.manual_seed(cfg.seed)
     with torch.device(cfg.device):
-        student = VideoDiT(cfg).eval()
+        student = for_sampling(VideoDiT(cfg).eval(), cfg)
         codec = Codec(cfg).eval() if cfg.stride == 8 and cfg.time_stride == 1 else None
-    student.to(torch.bfloat16 if cfg.bf16 else torch.float32)
     modes = {"eager": student.run} | ({"graph": student.run} if cfg.device == "cuda" else {})
     if flags.compile:
         modes["compiled"] = compiled(student.run, cfg.device)

@@ -7,12 +7,9 @@ for video01 in student.stream("a red circle moving left slowly", seed=1):
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from config import BadInput
-from engine.graphs import CudaGraphs
-from rollout import directly
 from sample import Flags, decoded, open_networks
 
 dependencies = ["torch", "numpy", "einops", "filelock", "imageio", "safetensors", "tqdm"]
@@ -28,16 +25,14 @@ def student(preset: str = "tiny", path: str = "", device: str = "auto"):
 
 class Student:
     def __init__(self, cfg, net, codec, read):
-        self.cfg, self.codec, self.read = cfg, codec.to(cfg.device), read
-        self.net = net.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        self.cfg, self.net, self.codec, self.read = cfg, net, codec.to(cfg.device), read
 
     def stream(self, prompt: str, seed: int = 0, frames: int | None = None) -> Iterator[Tensor]:
         """Yield video01 (F 3 H W) in [0, 1] chunk by chunk: `frames` in all, or for ever. Raises BadInput."""
         if frames is not None and frames < 1:
             raise BadInput(f"frames={frames} is not possible; allowed: 1 or more, or None")
         texts = {0: self.read(prompt).to(self.cfg.device)}
-        call = CudaGraphs() if self.cfg.device == "cuda" else directly
-        for part in decoded(self.net, self.codec, texts, self.cfg, seed, call=call):
+        for part in decoded(self.net, self.codec, texts, self.cfg, seed):
             video01 = part[:frames] / 255
             yield video01
             frames = frames and frames - len(video01)

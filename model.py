@@ -280,10 +280,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b a n d -> b n (a d)")
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Layer norm, then a shift and a scale (one is added) per frame: x (b n d), shift and scale (b f 1 d)."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(1, (shift.shape[1], -1))  # (b f n d)
-    return torch.addcmul(shift, x, 1 + scale).flatten(1, 2)
+    return torch.addcmul(shift, x, 1 + scale).flatten(1, 2).to(dtype)
 
 
 def _gate(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -303,10 +303,10 @@ class Block(nn.Module):
     def forward(self, x, e, words, look):
         """x (b n d), e (b f 6 d): the time's shifts, scales and gates → x, own keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).unsqueeze(3).unbind(2)
-        y, kv = self.self_attn(_modulate(x, shift1, scale1), look)
+        y, kv = self.self_attn(_modulate(x, shift1, scale1, low := self.norm3.weight.dtype), look)
         x = _gate(x, y, gate1)
-        x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)), words)
-        return _gate(x, self.ffn(_modulate(x, shift2, scale2)), gate2), kv
+        x = x + self.cross_attn(self.norm3(x.to(low)), words)
+        return _gate(x, self.ffn(_modulate(x, shift2, scale2, low)), gate2), kv
 
 
 class Head(nn.Module):
@@ -317,7 +317,7 @@ class Head(nn.Module):
 
     def forward(self, x, e):
         shift, scale = (self.modulation + e[:, :, None]).unsqueeze(3).unbind(2)
-        return self.head(_modulate(x, shift, scale))
+        return self.head(_modulate(x, shift, scale, self.head.weight.dtype))
 
 
 class VideoDiT(nn.Module):

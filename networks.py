@@ -62,6 +62,14 @@ def load_net(path: Path, cfg: Config, kind: str) -> nn.Module:
     return load_weights(path, net, cfg, kind).to(cfg.device)
 
 
+def for_sampling(net: VideoDiT, cfg: Config) -> VideoDiT:
+    """On cfg.device; with cfg.bf16 in bf16, but what tells times apart, and so the residual sum, in fp32."""
+    for name, p in net.named_parameters():
+        high = not cfg.bf16 or "time_" in name or "modulation" in name
+        p.data = p.data.to(cfg.device, torch.float32 if high else torch.bfloat16)
+    return net
+
+
 def find_codec(given: str, student: Path, header: dict) -> Path:
     """--codec, or beside the student, or among the nets that its training began from. Raises BadInput."""
     folders = dict.fromkeys((student.parent, student.parent.resolve() / header.get("nets", ".")))

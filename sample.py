@@ -37,7 +37,7 @@ from engine.rng import rng_for
 from engine.sheet import contact_sheet, video_path, write_video
 from live.pace import in_words, played, steps_in_time
 from model import RingCache
-from networks import find_codec, load_net
+from networks import find_codec, for_sampling, load_net
 from rollout import directly, step_grid, stream
 from world.words import left_open, tokenize, understand
 
@@ -73,8 +73,6 @@ def main() -> None:
     plan = schedule(flags, cfg, len(past))
     texts = {chunk: read(prompt).to(cfg.device) for prompt, _, chunk in plan}
     del read  # and with it a text encoder that is larger than all else
-    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-    call = CudaGraphs() if cfg.device == "cuda" else directly
     rows, made = stretches(plan, flags.frames), []
     zoom = max(1, 256 // min(cfg.height, cfg.width))  # so that a person can see small videos
     kept = {i: torch.empty(0) for shown in rows.values() for i in shown}
@@ -83,7 +81,7 @@ def main() -> None:
     def frames() -> Iterator[np.ndarray]:
         """Frames as they come, enlarged by nearest neighbour."""
         count, i = math.ceil(latents / cfg.chunk), 0
-        given = student, codec, texts, cfg, flags.seed, past, call, max(count - len(past), 0)
+        given = student, codec, texts, cfg, flags.seed, past, max(count - len(past), 0)
         parts = decoded(*given, over, flags.strength)
         for chunk in tqdm(range(count), unit="chunk"):
             start = time.perf_counter()
@@ -103,13 +101,13 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def decoded(student, codec, texts, cfg, seed: int, past=(), call=directly, chunks=None, over=None,
-            strength=1.0) -> Iterator[Tensor]:  # fmt: skip
+def decoded(student, codec, texts, cfg, seed, past=(), chunks=None, over=None, strength=1.0):
     """Frames as bytes (F 3 H W) on the CPU: the given chunks, then `chunks` new ones, or None: for ever.
     over, strength: as in `stream`. With CUDA, but not with `over`, a chunk after the first is decoded, copied
     and handed out while the next one is denoised."""
     decode, rngs, waiting = codec.stream(), [rng_for(seed, "sample", 0)], []
     cache = RingCache(student, cfg, batch=1, dtype=student.patch_embedding.weight.dtype)
+    call = CudaGraphs() if cfg.device == "cuda" else directly
     made = stream(student, texts, cfg, rngs, past=past, cache=cache, call=call, over=over, strength=strength)
     side = torch.cuda.Stream() if cfg.device == "cuda" and over is None else None  # over: without delay
     for i, x in enumerate(chain(past, islice(made, chunks), [None] * bool(side))):
@@ -146,7 +144,7 @@ def open_networks(preset: str, typed: dict, flags: Flags):
         return open_student(path, preset, typed, flags, student_config)
     header = read_header(path)
     cfg = student_config(header, preset, typed, flags.steps)
-    student = load_net(path, cfg, header["kind"])
+    student = for_sampling(load_net(path, cfg, header["kind"]), cfg)
     codec = load_net(find_codec(flags.codec, path, header), cfg, "codec")
     vocabulary = header.get("vocabulary", "").split()
 
@@ -161,16 +159,14 @@ def open_networks(preset: str, typed: dict, flags: Flags):
 
 
 def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config:
-    """The config the student was trained with, then what was typed. Raises BadInput."""
+    """The config the student was trained with, then what was typed; bf16 on CUDA alone, or Wan's or typed."""
     if steps:
         typed = typed | {"denoise": tuple(1 - i / steps for i in range(steps)), "taper": "uniform"}
-    precision = {} if preset == "wan-1.3b" else {"bf16": False}
-    cfg = from_words(
-        header["config"], {"device": "auto", "threads": 0, "attention": "auto"} | precision | typed
-    )
+    cfg = settled(from_words(header["config"], {"device": "auto", "threads": 0, "attention": "auto"} | typed))
     if cfg.preset != preset:
         raise BadInput(f"the student is of preset {cfg.preset!r}, asked for was {preset!r}")
-    return settled(cfg)
+    low = cfg.bf16 and ("bf16" in typed or preset == "wan-1.3b" or cfg.device == "cuda")
+    return replace(cfg, bf16=low)
 
 
 def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]]:

@@ -191,11 +191,12 @@ def weigh(run: Run, x: Tensor, about) -> tuple[Tensor, Tensor, dict]:
         with torch.no_grad():
             scores, intra = run.reward(video01, about), torch.ones(1, 1, 1, 1, 1, device=x.device)
     everyone = processes.gather(scores)
-    inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)
+    r = run.balancer(everyone[:, axes])
+    inter = rollout_weight(r, cfg)
     mine = inter[run.rank * len(x) : (run.rank + 1) * len(x)]
     judged = everyone[everyone.isfinite().all(1)]
     stats = {name: judged[:, i].mean() for i, name in enumerate(AXES)}
-    stats["w_inter"] = inter[inter.isfinite()].mean()
+    stats |= {"penalty": (everyone[:, axes].mean(1) - r).nanmean(), "w_inter": inter[inter.isfinite()].mean()}
     stats["w_intra_max"] = processes.gather(intra.amax((1, 2, 3, 4)).nan_to_num()).max()
     return rearrange(mine, "b -> b 1 1 1 1") * intra, inter, stats
 

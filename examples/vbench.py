@@ -58,7 +58,6 @@ def make(jobs: list, preset: str, typed: dict, flags: Flags) -> None:
     cfg, student, codec, read = open_networks(preset, typed, own)
     texts = {prompt: read(prompt).to(cfg.device) for prompt in dict.fromkeys(p for p, _, _ in jobs)}
     del read  # and a text encoder with it
-    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
     codec = codec.to(cfg.device)
     for prompt, i, path in tqdm(jobs, "videos"):
         parts = decoded(student, codec, {0: texts[prompt]}, cfg, flags.seed + i, chunks=cfg.chunks)

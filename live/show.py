@@ -130,7 +130,6 @@ class Studio:
 def studio_of(cfg: Config, student, codec, read, flags) -> Studio:
     """Streams of this student, shown as demo.py's flags say; with the reward beside the codec, if there is
     one."""
-    student = student.to(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
     codec, reward, words = codec.to(cfg.device), None, {}
     if not flags.wan:
         path = Path(flags.student or ROOT / "assets" / cfg.preset / "stream_r1.safetensors")

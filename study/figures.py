@@ -57,6 +57,7 @@ CURVES = {
     "dmd": ("DMD gradient", "mean size"),
     "critic": ("critic's loss", "mean square"),
     "ess": ("effective sample size", "share of batch"),
+    "penalty": ("balance: penalty", "reward"),
 }
 
 

@@ -23,6 +23,7 @@ from engine import graphs, processes
 from engine.graphs import CudaGraphs
 from engine.rng import rng_for
 from model import RingCache, VideoDiT, _attend
+from networks import for_sampling
 from rollout import directly, rollout, stream
 from wan.shards import shard
 from world.scene import World
@@ -63,7 +64,8 @@ def test_graphs_equal_eager(tiny, build, sink, taper, context):
 def test_bf16_stays_close(tiny, build):
     model, texts = build(tiny).cuda(), {0: prompt(tiny, 0)}
     exact = streamed(model, tiny, texts, directly, chunks=3)
-    rough = streamed(model.bfloat16(), tiny, texts, CudaGraphs(), torch.bfloat16, chunks=3)
+    model = for_sampling(model, replace(tiny, bf16=True, device="cuda"))
+    rough = streamed(model, tiny, texts, CudaGraphs(), torch.bfloat16, chunks=3)
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.98
 
 
@@ -188,7 +190,7 @@ def test_the_kernel_that_is_chosen_streams(tiny, build):
     for bf16 in (False, True):
         cfg = replace(tiny, bf16=bf16)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        model, texts = build(cfg).to("cuda", dtype), {0: prompt(cfg, 0)}
+        model, texts = for_sampling(build(cfg), replace(cfg, device="cuda")), {0: prompt(cfg, 0)}
         try:
             graphs.allow("math")
             plain = streamed(model, cfg, texts, directly, dtype, chunks=5)
@@ -205,7 +207,7 @@ def test_decoding_beside_the_next_chunk_changes_no_frame(tiny, build):
     """Catches a chunk that is decoded before it is made, or copied before it is decoded."""
     cfg = replace(tiny, device="cuda", stride=8)
     model, codec, texts = build(cfg).cuda(), Codec(cfg).eval().cuda(), {0: prompt(cfg, 0)}
-    found = [*sample.decoded(model, codec, texts, cfg, 0, call=CudaGraphs(), chunks=8)]
+    found = [*sample.decoded(model, codec, texts, cfg, 0, chunks=8)]
     cache = RingCache(model, cfg, 1)
     with torch.inference_mode():
         parts = islice(stream(model, texts, cfg, [rng_for(0, "sample", 0)], cache=cache), 8)

@@ -12,6 +12,7 @@ from test_model import SINKS
 import rollout as module
 from engine.rng import rng_for
 from model import ListCache, RingCache, shift_time, to_x0
+from networks import for_sampling
 from rollout import Ahead, exit_step, rollout, rollout_chunks, step_grid, stream
 
 
@@ -525,6 +526,21 @@ def test_ahead_equals_chunk_by_chunk(tiny, model):
 
 
 # -- prompts that change, videos that go on --------------------------------------------------------
+
+
+def test_bf16_keeps_time_and_the_sum_in_fp32(tiny, model):
+    """Catches weights that stay large, and times that bf16 rounds: then neighbouring levels look alike."""
+    cfg = replace(tiny, bf16=True, device="cpu")
+    low, rough = for_sampling(copy.deepcopy(model), cfg), copy.deepcopy(model).bfloat16()
+    types = {name: p.dtype for name, p in low.named_parameters()}
+    assert types["blocks.0.ffn.0.weight"] == types["head.head.weight"] == torch.bfloat16
+    assert types["blocks.0.modulation"] == types["time_embedding.0.weight"] == torch.float32
+    seen, text = [], words(cfg, 2)
+    low.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    video = [torch.cat([*islice(stream(net, text, tiny, rngs(2)), 4)], 1) for net in (model, low, rough)]
+    exact, ours, plain = (x.detach() for x in video)
+    assert set(seen) == {torch.float32} and (ours - exact).norm() < (plain - exact).norm()
+    assert for_sampling(low, replace(cfg, bf16=False)).patch_embedding.weight.dtype == torch.float32
 
 
 def test_prompt_switch(tiny, model):

@@ -152,7 +152,13 @@ def test_weights_of_rollouts(nets, tmp_path):
     run = train.prepare(cfg, train.Flags(out=str(tmp_path), nets=str(nets)), 0, 1)
     _, text, _ = train.draw(run, "student", 0, micro=0)
     x = 3 * torch.randn(4, cfg.frames, *cfg.latent_shape, generator=torch.Generator().manual_seed(0))
-    w, inter, _ = train.weigh(run, x, text)
+    _, _, before = train.weigh(run, x, text)
+    run.balancer.load_state_dict([[0.0, 0.0, 0.0]] * 3 + [[0.0, 1.0, 5.0]] * 3)
+    w, inter, after = train.weigh(run, x, text)
+    delta = run.balancer.improvement()
+    assert before["penalty"] == 0 and float(after["penalty"]) == pytest.approx(
+        0.5 * float(delta.std()), rel=1e-4
+    )
     assert len(w) == 4 and not any(torch.equal(own, w[0]) for own in w[1:])
     assert effective_share(inter) < 0.999
 

@@ -14,7 +14,7 @@ from engine import processes
 from engine.checkpoint import not_finite, read_header
 from engine.rng import pick, rng_for
 from model import VideoDiT
-from networks import Networks, load_net
+from networks import Networks, for_sampling, load_net
 from wan import memory
 from wan.hub import WAN, local
 from wan.lora import adapt, merged
@@ -96,7 +96,7 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
             ) from None
         header, foreign = {"kind": "student", "config": json.dumps(asdict(build(preset, typed)))}, True
     cfg = student_config(header, preset, typed, flags.steps)
-    student = open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"])
+    student = for_sampling(open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"]), cfg)
     if foreign and (what := not_finite(student.state_dict())):
         raise BadInput(f"{path} cannot be used: {what}")
     folder = local(flags.wan, WAN[1:])
