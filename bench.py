@@ -158,8 +158,7 @@ def main() -> None:
         "passes per chunk": len(step_grid(cfg, cfg.chunks)),
     }  # fmt: skip
     if flags.json:
-        print(json.dumps(facts | {"rows": rows}))
-        return
+        return print(json.dumps(facts | {"rows": rows}))
     print(*(f"{k}: {v}" for k, v in facts.items()), sep=" · ")
     for row in rows:
         print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), sep=" | ")

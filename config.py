@@ -100,7 +100,7 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward pass
     shard: bool = False  # FSDP2: spread parameters, gradients, optimizers and averages over the processes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
-    attention: Literal["auto", "cudnn", "flash", "mem_efficient"] = "auto"  # kernel on CUDA; auto: fastest
+    attention: Literal["auto", "cudnn", "flash", "mem_efficient"] = "auto"  # of sampling, on CUDA
     threads: int = 0  # CPU threads to compute with; 0: one a core, sample.py takes one for tiny
     save_every: int = 25  # steps between checkpoints, of which two are kept
     eval_every: int = 10  # steps between held-out measurements; the best EMA student is kept

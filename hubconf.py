@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from config import BadInput
+from engine.graphs import allow
 from sample import Flags, decoded, open_networks
 
 dependencies = ["torch", "numpy", "einops", "filelock", "imageio", "safetensors", "tqdm"]
@@ -20,7 +21,9 @@ def student(preset: str = "tiny", path: str = "", device: str = "auto"):
 
     Its method `stream` yields what sample.py writes into a file. Raises BadInput, a ValueError.
     """
-    return Student(*open_networks(preset, {"device": device}, Flags(student=path)))
+    opened = open_networks(preset, {"device": device}, Flags(student=path))
+    allow("cudnn", "flash", "mem_efficient", "math")  # whoever calls has networks of their own
+    return Student(*opened)
 
 
 class Student:
@@ -33,8 +36,6 @@ class Student:
             raise BadInput(f"frames={frames} is not possible; allowed: 1 or more, or None")
         texts = {0: self.read(prompt).to(self.cfg.device)}
         for part in decoded(self.net, self.codec, texts, self.cfg, seed):
-            video01 = part[:frames] / 255
-            yield video01
-            frames = frames and frames - len(video01)
-            if frames == 0:
+            yield part[:frames] / 255
+            if frames is not None and (frames := frames - len(part)) <= 0:
                 return

@@ -223,8 +223,7 @@ def arriving(path: str, codec: Codec, cfg: Config) -> tuple[Iterator[Tensor], in
 def report(made: list[tuple[float, int]], cfg: Config, files: str, flags: Flags) -> None:
     """`made`: of every chunk the seconds that it took, and its frames."""
     if not made:
-        print(f"{files}: only the given frames were asked for")
-        return
+        return print(f"{files}: only the given frames were asked for")
     seconds, counts = zip(*made, strict=True)
     p50, p99 = (1000 * torch.tensor(seconds[1:] or seconds).quantile(q) for q in (0.5, 0.99))
     found, frames = played(seconds, counts, cfg.fps, bool(flags.video)), cfg.chunk * cfg.time_stride

@@ -32,9 +32,8 @@ def settled(cfg: Config) -> Config:
         raise BadInput(f"attention={cfg.attention} is not possible here; allowed: {' | '.join(allowed)}")
     if times:
         cfg = replace(cfg, attention=min(times, key=times.get) if cfg.attention == "auto" else cfg.attention)
-        allow(cfg.attention, "math")  # the slow one does what the other cannot
-        found = {name: round(1e3 * seconds, 2) for name, seconds in times.items()}
-        print(f"attention: {cfg.attention}; milliseconds {found}", file=sys.stderr)
+        allow(cfg.attention, "math", *["mem_efficient"] * (cfg.attention == "flash"))  # flash: no masks
+        print(f"attention: {cfg.attention}; milliseconds {times}", file=sys.stderr)
     return cfg
 
 
@@ -44,7 +43,7 @@ def allow(*kernels: str) -> None:
 
 
 def kernel_times(cfg: Config) -> dict[str, float]:
-    """Seconds that a chunk's attention to a full window takes by every kernel that can do it."""
+    """Milliseconds of a chunk's attention to a full window by every kernel that can do it."""
     shape, found = (1, cfg.heads, cfg.tokens, cfg.dim // cfg.heads), {}
     q = torch.zeros(shape, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
     k = q.repeat(1, 1, 1 + cfg.cached_chunks, 1)
@@ -52,7 +51,8 @@ def kernel_times(cfg: Config) -> dict[str, float]:
     for name in ("cudnn", "flash", "mem_efficient"):
         allow(name)
         with suppress(RuntimeError), warnings.catch_warnings(action="ignore"):  # it says why it cannot
-            found[name] = Timer("attend(q, k, k)", globals=given).timeit(5).mean
+            found[name] = round(1e3 * Timer("attend(q, k, k)", globals=given).timeit(5).mean, 3)
+    allow("cudnn", "flash", "mem_efficient", "math")
     return found
 
 

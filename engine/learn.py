@@ -98,7 +98,7 @@ def go_on(folder: Path, stage: Stage, net, averaged, opts: list, cfg: Config, fl
     state = checkpoint.load_state(folder, cfg, FREE, flags.resume)
     if not state:
         return 0
-    if (then := state["stage"]) != asdict(stage):
+    if (then := state["stage"] | {"expect": stage.expect}) != asdict(stage):
         raise BadInput(f"--resume: {folder} was made with {then}, this run has {asdict(stage)}")
     with checkpoint.readable(folder):
         net.load_state_dict(state["net"])

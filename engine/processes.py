@@ -79,7 +79,7 @@ def average_gradients(params: list[nn.Parameter]) -> None:
     grads = [p.grad for p in params]
     flat = nn.utils.parameters_to_vector(grads)
     dist.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat / dist.get_world_size(), grads)
+    nn.utils.vector_to_parameters(flat.div_(dist.get_world_size()), grads)
 
 
 def gather(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from engine import checkpoint
 from engine.rng import rng_for
 from model import VideoDiT
 from networks import load_net
+from rollout import step_grid
 from wan.weights import names_in_diffusers
 
 CARD = """---
@@ -39,9 +40,9 @@ through a cache. Trained for {step} steps by:
 **Use**: `transformer/` loads in diffusers' `WanTransformer3DModel`; for the same noise, time and text it
 gives the student's velocities to {apart:.1e} of the largest one, in fp32. VAE and text encoder are Wan2.1's.
 
-    python sample.py wan-1.3b --method={cfg.method} --wan=Wan-AI/Wan2.1-T2V-1.3B-Diffusers --student=FOLDER
+    python sample.py --config=FOLDER/settings.json --wan=Wan-AI/Wan2.1-T2V-1.3B-Diffusers --student=FOLDER
 
-**Limits**: it is causal and needs {steps} noise levels ({levels}) and no guidance. A pipeline that denoises
+**Limits**: it is causal and needs the noise levels {levels} and no guidance. A pipeline that denoises
 all frames at once does not use it as it was trained. What Wan2.1 cannot show, or shows wrongly, it does not
 learn here. Nobody has measured it for safety or for bias.
 
@@ -99,12 +100,13 @@ def export(student: Path, out: Path) -> float:
     checkpoint.writable_folder(str(out))
     in_diffusers(net, cfg).half().save_pretrained(out / "transformer")
     back = WanTransformer3DModel.from_pretrained(out / "transformer", torch_dtype=torch.float32)
-    if (found := apart(net, back.eval(), cfg)) > 1e-3:
+    if not (found := apart(net, back.eval(), cfg)) <= 1e-3:  # nan as well
         raise BadInput(f"{out}/transformer is not the student: velocities differ by {found:.1e}")
     given = dict(step=header.get("step", "?"), command=header.get("command", "?"), apart=found, cfg=cfg)
-    levels = ", ".join(map(str, cfg.denoise))
+    given["levels"] = " then ".join(f"{t:.3g}" for t in step_grid(cfg, cfg.chunks))
     words = json.dumps(json.loads(header["config"]), indent=1)
-    card = CARD.format(**given, steps=len(cfg.denoise), levels=levels, words=words)
+    checkpoint.write_atomically(out / "settings.json", lambda name: name.write_text(words, encoding="utf-8"))
+    card = CARD.format(**given, words=words)
     checkpoint.write_atomically(out / "README.md", lambda name: name.write_text(card, encoding="utf-8"))
     return found
 

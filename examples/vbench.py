@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 -m examples.vbench wan-1.3b --prompts=all.txt --wan=... --student=...
 
 Video i of every prompt is made with --seed + i. What is there stays: a stopped run goes on when it is started
-again. Processes share the videos between them. With --videoalign the reward then judges all that lies there:
+again. Processes share the videos between them; --videoalign, afterwards and with one process, judges them:
 scores.csv has a row a video, and the means are printed.
 """
 
@@ -15,11 +15,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 
-from config import BadInput, Config, build, cli, read_cli
-from data import read_clip, read_text
+from config import BadInput, build, cli, read_cli
+from data import read_text
 from engine.checkpoint import writable_folder, write_atomically
 from engine.processes import pick_device
 from engine.sheet import write_video
@@ -56,21 +57,24 @@ def make(jobs: list, preset: str, typed: dict, flags: Flags) -> None:
     """Write the videos of `jobs` that are not there yet."""
     own = SampleFlags(student=flags.student, codec=flags.codec, wan=flags.wan)
     cfg, student, codec, read = open_networks(preset, typed, own)
-    texts = {prompt: read(prompt).to(cfg.device) for prompt in dict.fromkeys(p for p, _, _ in jobs)}
+    texts = {prompt: read(prompt) for prompt in dict.fromkeys(p for p, _, _ in jobs)}
     del read  # and a text encoder with it
     codec = codec.to(cfg.device)
     for prompt, i, path in tqdm(jobs, "videos"):
-        parts = decoded(student, codec, {0: texts[prompt]}, cfg, flags.seed + i, chunks=cfg.chunks)
+        parts = decoded(
+            student, codec, {0: texts[prompt].to(cfg.device)}, cfg, flags.seed + i, chunks=cfg.chunks
+        )
         frames = (frame.permute(1, 2, 0).numpy() for part in parts for frame in part)
         write_atomically(path, lambda name, frames=frames: write_video(name, frames, cfg.fps))
 
 
 @torch.no_grad()
-def judge(jobs: list, cfg: Config, reward, out: Path, device: str) -> dict[str, float]:
-    """VideoAlign's scores, video by video → the mean on each axis."""
+def judge(jobs: list, reward, out: Path, device: str) -> dict[str, float]:
+    """VideoAlign's scores of the videos, as large as they are → the mean on each axis."""
     rows = []
     for prompt, i, path in tqdm(jobs, "scores"):
-        video01 = read_clip(path, cfg)[None].to(device).float() / 255
+        video = torch.from_numpy(iio.imread(path, plugin="FFMPEG"))  # (F H W 3)
+        video01 = video.permute(0, 3, 1, 2)[None].to(device).float() / 255
         rows.append([prompt, i, *(round(x, 4) for x in reward(video01, [prompt])[0].tolist())])
 
     def write(name: Path) -> None:
@@ -87,19 +91,19 @@ def main() -> None:
     openmp.use_threads(typed.get("threads", 0))
     rank, world, local = (int(os.environ.get(k, v)) for k, v in zip(
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010", strict=True))  # fmt: skip
+    if flags.videoalign and world > 1:
+        raise BadInput("--videoalign is not possible with several processes; allowed: afterwards, with one")
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     if left := [job for job in jobs[rank::world] if not job[2].exists()]:
         make(left, preset, typed, flags)
     print(f"{out}: {len(jobs[rank::world])} of {len(jobs)} videos are this process' and there")
-    if flags.videoalign and rank == 0:
+    if flags.videoalign:
         from wan.videoalign import load_videoalign
 
-        if missing := [path for _, _, path in jobs if not path.exists()]:
-            raise BadInput(f"{missing[0]} is not there yet; judge when all processes are through")
-        cfg = build(preset, typed)
-        device = pick_device(cfg)
-        found = judge(jobs, cfg, load_videoalign(flags.videoalign, cfg.fps).to(device), out, device)
+        device = pick_device(build(preset, typed))
+        fps = round(iio.immeta(jobs[0][2], plugin="FFMPEG")["fps"])
+        found = judge(jobs, load_videoalign(flags.videoalign, fps).to(device), out, device)
         print(f"{out}/scores.csv:", ", ".join(f"{axis} {x:.3f}" for axis, x in found.items()))
 
 

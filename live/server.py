@@ -179,8 +179,9 @@ class Viewer:
                 raise BadInput(f"map is one of: {' '.join(self.studio.hello['maps'])}")
             self.wish = replace(self.wish, map=said["map"])
         elif type == "camera":
-            self.strength = said["strength"]
-            self.camera.clear()
+            if not (strength := said["strength"]):
+                self.camera.clear()
+            self.strength = strength
         elif type == "clip":
             if self.clips.full() or not self.kept:
                 raise BadInput("one clip at a time, once there are frames")

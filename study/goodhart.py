@@ -5,7 +5,7 @@
 Three ways to pull the shipped student's clips towards a higher mean r of VQ, MQ and TA, harder and harder:
 
     weights   16 rollouts of a prompt, averaged with weights exp(β r): where weighting alone could lead (β)
-    student   updates along ∂r/∂θ, through a rollout's last denoising step, and nothing else (steps)
+    student   updates along ∂r/∂θ, through the step a training rollout stops at, and nothing else (steps)
     clip      Adam on a clip's latents along ∂r/∂x, no student left between (steps)
 
 Pixels: the mean of looks, motion and text (world/measure.py). Both as gains over the student as it is.
@@ -98,8 +98,8 @@ class Flags:
 def main() -> None:
     what, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
-    if what != "tiny" or typed or flags.seeds < 2 or flags.clips < 1:
-        raise BadInput(f"{what} {typed or flags} is not possible; allowed: seeds from 2, clips from 1")
+    if what != "tiny" or typed or flags.seeds < 2 or flags.clips < 1 or flags.out.suffix != ".png":
+        raise BadInput(f"{what} {typed or flags} is not possible; allowed: seeds >= 2, clips >= 1, a .png")
     writable_folder(str(flags.out.parent))
     found: dict[str, list[Tensor]] = {way.__name__: [] for way in (weights, clip, student)}
     for seed in tqdm(range(flags.seeds), unit="seed"):

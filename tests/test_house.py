@@ -25,7 +25,7 @@ WINGS = {
     "family": 1400,
     "live": 600,
     "web": 200,
-    "examples": 230,
+    "examples": 250,
 }  # lines
 CORE = sorted(ROOT.glob("*.py"))
 PRODUCT = CORE + [path for wing in WINGS for path in sorted((ROOT / wing).glob("*.py"))]

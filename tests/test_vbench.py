@@ -60,11 +60,18 @@ def test_what_cannot_be_a_file(call, tmp_path, capsys):
 def test_scores_as_a_table(call, tmp_path, monkeypatch, capsys):
     class Reward(torch.nn.Module):
         def forward(self, video01, prompts):
+            sizes.add((*video01.shape,))
             return torch.tensor([[1.0, 2.0, float("ring" in prompts[0])]])
 
-    monkeypatch.setattr("wan.videoalign.load_videoalign", lambda folder, fps: Reward())
+    sizes, rates, cfg = set(), set(), build("tiny", SMALL)
+    monkeypatch.setattr("wan.videoalign.load_videoalign", lambda folder, fps: rates.add(fps) or Reward())
     call("--videoalign=x")
-    assert "VQ 1.000, MQ 2.000, TA 0.500" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert sizes == {(1, cfg.pixel_frames, 3, cfg.height, cfg.width)} and rates == {cfg.fps}
+    with pytest.raises(SystemExit):
+        call("--videoalign=x", world=2)
+    assert "afterwards, with one" in capsys.readouterr().err
+    assert "VQ 1.000, MQ 2.000, TA 0.500" in said
     rows = list(csv.reader(open(tmp_path / "out/scores.csv")))
     assert rows[0] == ["prompt", "video", "VQ", "MQ", "TA"] and len(rows) == 5
     assert ["a blue ring, moving up", "1", "1.0", "2.0", "1.0"] in rows

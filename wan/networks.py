@@ -84,7 +84,7 @@ def lowered(net: VideoDiT, cfg: Config) -> VideoDiT:
 def open_student(path: Path, preset: str, typed: dict, flags, student_config):
     """What sample.py opens with --wan: config, student, codec, and what turns a prompt into text (1 l e). The
     student may be another trainer's. flags: sample.py's. Raises BadInput."""
-    path = Path(local(str(path), WAN[:1]))
+    path = Path(local(path.as_posix(), WAN[:1]))
     if not path.exists():
         raise BadInput(f"no student at {path}; 'python train.py {preset}' makes one, then --student=FILE")
     try:

@@ -8,7 +8,7 @@ import torch
 from config import BadInput
 from engine import graphs
 
-TIMES = {"cudnn": 0.002, "flash": 0.001, "mem_efficient": 0.003}
+TIMES = {"cudnn": 2.0, "flash": 1.0, "mem_efficient": 3.0}
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def allowed() -> list[str]:
 
 
 def test_the_fastest_is_chosen_and_said(gpu, capsys):
-    assert gpu(TIMES) == "flash" and allowed() == ["flash", "math"]
+    assert gpu(TIMES) == "flash" and allowed() == ["flash", "math", "mem_efficient"], "flash takes no masks"
     said = capsys.readouterr()
     assert not said.out and "flash" in said.err and "'cudnn': 2.0" in said.err and "3.0" in said.err
     assert gpu({"mem_efficient": 1.0}) == "mem_efficient" and allowed() == ["math", "mem_efficient"]
@@ -51,10 +51,19 @@ def test_what_a_gpu_lacks_is_refused(gpu):
 
 def test_only_kernels_that_can_do_it_have_a_time(tiny):
     """A CPU has one of the three."""
-    try:
-        assert graphs.kernel_times(replace(tiny, device="cpu")).keys() == {"flash"}
-    finally:
-        graphs.allow(*TIMES, "math")
+    assert graphs.kernel_times(replace(tiny, device="cpu")).keys() == {"flash"} and len(allowed()) == 4
+
+
+def test_no_kernel_that_can_do_it_leaves_all_of_them_on(tiny, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(graphs, "Timer", broken)
+    monkeypatch.setattr(graphs, "pick_device", lambda cfg: "cuda")
+    monkeypatch.setattr(graphs.nn.functional, "scaled_dot_product_attention", broken)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, device, **how: zeros(*args, **how))
+    assert graphs.settled(tiny).attention == "auto" and len(allowed()) == 4
 
 
 def test_elsewhere_nothing_is_measured(tiny, capsys):

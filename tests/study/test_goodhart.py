@@ -56,7 +56,7 @@ def test_gradients_climb_the_reward_and_nothing_else(run, way):
     assert torch.allclose(found[:, 0] - found[0, 0], size * steps, atol=1e-3)
 
 
-@pytest.mark.parametrize("argv", [["--seeds=1"], ["--clips=0"], ["small"], ["--beta=3"]])
+@pytest.mark.parametrize("argv", [["--seeds=1"], ["--clips=0"], ["--out=x.foo"], ["small"], ["--beta=3"]])
 def test_bad_input(argv, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["goodhart", *argv])
     with pytest.raises(SystemExit) as stopped:
