@@ -116,11 +116,11 @@ def main() -> None:
         ends = [[*map(interval, gain.T)] for gain in torch.stack(gains).unbind(1)]
         for hard, ((r, r_half), (p, p_half)) in zip(HARDER[way], ends, strict=True):
             print(f"| {way} | {hard} | {r:+.3f} ± {r_half:.3f} | {p:+.4f} ± {p_half:.4f} |")
-            panel.annotate(f"{hard:g}", (r, p), fontsize=10)
+            panel.annotate(f"{hard}" * (hard >= 8), (r, p), (5, 7), textcoords="offset points", fontsize=13)
         (x, xerr), (y, yerr) = (zip(*axis, strict=True) for axis in zip(*ends, strict=True))
         panel.errorbar(x, y, yerr, xerr, "o-", color=colour, label=way)
     panel.set(xlabel="reward gained", ylabel="pixels gained")
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="lower left")
     finish(figure, flags.out)
     print(flags.out)
 

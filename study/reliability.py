@@ -345,7 +345,7 @@ def picture(path: Path, rows: list[tuple], lines: list[dict]) -> None:
             panel.errorbar([x + shift * i for x in at], mean, yerr=half, **how)
     one.set(xlabel="student's spread / teacher's", ylabel="gain / β", title="A student that moves its mean")
     two.set(ylabel="cosine", title="One step against the exact teacher's; the teacher errs")
-    three.set(xlabel="β", ylabel="motion", title="Trained students, five each", xticks=[0, 2, 4])
+    three.set(xlabel="β", ylabel="motion", title="Trained students", xticks=[0, 2, 4])
     for panel in (one, two):
         panel.legend(frameon=False, fontsize=12)
     finish(figure, path)
