@@ -489,9 +489,12 @@ def test_a_cameras_pictures_are_bounded():
             there.say(bytes([number % 256] * 16), "bytes")
         await there.until(lambda: there.news("over")[-1:] == [4])
         assert list(viewer.camera) == [bytes([n % 256] * 16) for n in range(996, 1000)]
+        there.say({"type": "camera", "strength": 0.6})  # another strength takes the same pictures
+        await there.until(lambda: viewer.strength == 0.6)
+        assert len(viewer.camera) == 4
         there.say({"type": "camera", "strength": 0})
         await there.until(lambda: there.news("over")[-1:] == [0])
-        assert refused() == 5
+        assert refused() == 5 and not viewer.camera
         job.cancel()
 
     asyncio.run(watch())

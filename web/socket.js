@@ -42,9 +42,11 @@ export function connect(on) {
   }
 
   open();
-  // a message, or a picture's pixels
+  // a message, or a picture's pixels: a line that is slow gets fewer pictures, not older ones
   return (message) => {
-    if (socket.readyState === WebSocket.OPEN) socket.send(message instanceof Uint8ClampedArray ? message : JSON.stringify(message));
+    const pixels = message instanceof Uint8ClampedArray;
+    if (pixels && socket.bufferedAmount > 4 * message.length) return;
+    if (socket.readyState === WebSocket.OPEN) socket.send(pixels ? message : JSON.stringify(message));
     else if (socket.readyState === WebSocket.CLOSED && refused) open();
   };
 }
