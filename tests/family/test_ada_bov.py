@@ -11,8 +11,10 @@ from runs import in_process
 import config
 import family.ada_bov
 from codec import Codec
+from engine.checkpoint import save_weights
 from engine.rng import rng_for
 from family.ada_bov import BovCache, dream, waited, with_tokens
+from networks import load_net
 from rollout import rollout
 from world.words import tokenize
 
@@ -110,8 +112,15 @@ def test_how_long_an_old_colour_lasts():
         clip.flatten(2)[:, :, 20 : 20 + reds] = red[:, None]
     for clip, off in ((1, (0, 1, 2)), (2, (0, 1, 4))):
         video01[clip, list(off)] = 0
-    video01[4, 2:, :, 2:] = 0
+    video01[4, 2:, :, 2:] = video01[0, 6:] = 0  # the red one goes; what was there for four frames has come
     assert waited(video01, torch.stack([red, blue])[:, None]).tolist() == [0, 3, 5, 6, 2]
+
+
+def test_a_ring_is_refused(build, cfg, tmp_path):
+    """sample.py, which streams with a RingCache, does not take such a student and leave its tokens out."""
+    save_weights(tmp_path / "student.safetensors", student(build, cfg), cfg, "student")
+    with pytest.raises(config.BadInput, match="student.safetensors"):
+        load_net(tmp_path / "student.safetensors", cfg, "student")
 
 
 def test_what_is_printed_and_what_is_refused(monkeypatch, tmp_path, capsys, build):
