@@ -6,14 +6,13 @@ Claim: regression onto a bidirectional teacher's own ODE paths makes a causal fe
     stage 1  |x̂(x_t)_k - x_0,k|² under a block-causal mask; every chunk k draws its own t_k, t_k = 0 is out
     It blurs where x_0,1 depends on later chunks' noise. Two chunks of variance 1, correlation ρ: x_0 = Σ^½ ε,
     the best causal x̂_1 is a ε_1, a = (√(1+ρ) + √(1-ρ)) / 2, its variance a² = (1 + √(1-ρ²)) / 2.
-
-simplified: 256 paths, 300 steps. Stage 2, DMD on noised clips, is not here: train.py has rollouts instead.
+    stage 2  DMD on x̂((1 - t_k) x + t_k ε) of real clips x: the student never meets its own videos
+simplified: 256 paths, 300 steps; of stage 2 its clip alone (`on_data`): train.py has rollouts in its place.
 seen here: (python -m family.causvid) the other chunks' noise decides .84 ±.04 of a first chunk's variance (64
 prompts, 8 draws). One step from noise, 256 test clips: shape right in .40 ±.06 (teacher forcing .00, teacher
 .98), yet farther from the teacher's clip of the same noise (.75 ±.05) than a blur is (.67 ±.03): 256 paths
 are learnt by heart. Rollouts of four steps score .94 before any distillation, teacher forcing's .78; after 16
-steps the difference is +.003 ±.008 (3 seeds, held-out score of train.py --start=... --method=windowed
---steps=16 --eval_every=16 --eval_clips=128 --ema=.9).
+steps the difference is +.003 ±.008 (3 seeds; README.md has the command).
 """
 
 from engine import openmp  # isort: skip  (before torch loads)
@@ -32,7 +31,7 @@ from engine.checkpoint import save_weights, writable_folder
 from engine.learn import Stage, learn
 from engine.rng import randn, rng_for
 from engine.sheet import contact_sheet
-from model import guided_x0, shift_time, to_x0
+from model import add_noise, guided_x0, shift_time, to_x0
 from networks import load_net
 from rollout import step_grid
 from world.measure import mean, measure
@@ -46,8 +45,7 @@ def teacher_path(net, noise: Tensor, text: Tensor, cfg: Config, levels, steps: i
     own = shift_time(torch.linspace(1, 0, steps + 1), cfg.shift).tolist()
     x, kept = noise, {1.0: noise}
     for now, then in pairwise(sorted({*own, *levels}, reverse=True)):
-        t = torch.full(x.shape[:2], now)
-        x0 = guided_x0(net, x, t, text, torch.zeros_like(text[:1]), cfg.guidance)
+        x0 = guided_x0(net, x, torch.full(x.shape[:2], now), text, torch.zeros_like(text[:1]), cfg.guidance)
         x = kept[then] = x + (then - now) * (x - x0) / now
     return torch.stack([kept[level] for level in levels], dim=1)
 
@@ -56,6 +54,12 @@ def causal(net, xt: Tensor, t: Tensor, text: Tensor, cfg: Config) -> Tensor:
     """x_t (b f c h w) at t (b f), each chunk seeing itself and those before it → x̂ (b f c h w)."""
     chunk = torch.arange(xt.shape[1]) // cfg.chunk
     return to_x0(net(xt, t, text, mask=chunk[:, None] >= chunk)[0], xt, t)
+
+
+def on_data(net, x: Tensor, noise: Tensor, level: Tensor, text: Tensor, levels, cfg: Config) -> Tensor:
+    """Real clips and noise (b f c h w), which of `levels` every chunk is at (b k) → x̂ (b f c h w)."""
+    t = torch.tensor(levels)[level].repeat_interleave(cfg.chunk, 1)  # (b f)
+    return causal(net, add_noise(x, noise, t), t, text, cfg)
 
 
 def ode_loss(net, path: Tensor, level: Tensor, text: Tensor, levels, cfg: Config) -> Tensor:
@@ -69,9 +73,8 @@ def ode_loss(net, path: Tensor, level: Tensor, text: Tensor, levels, cfg: Config
 
 def drawn(cfg: Config, split: str, count: int) -> tuple[list[str], Tensor, Tensor]:
     """→ prompts, text (n l e), noise (n f c h w)."""
-    keys = [("causvid", i) for i in range(count)]
-    words = World(cfg, split).captions(keys)
-    noise = randn([rng_for(*key, "noise") for key in keys], cfg.frames, *cfg.latent_shape)
+    words = World(cfg, split).captions([("causvid", i) for i in range(count)])
+    noise = randn([rng_for("causvid", i, "noise") for i in range(count)], cfg.frames, *cfg.latent_shape)
     return [caption(w) for w in words], tokenize(words, cfg.text_length, cfg.text_width), noise
 
 
@@ -120,8 +123,7 @@ def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
     openmp.use_threads(typed.pop("threads", 0))
     if typed or min(flags.paths // 8, flags.clips // 4, flags.steps + 1) < 2:
-        allowed = "16 paths or more, 8 clips or more, 1 step or more"
-        raise BadInput(f"{typed or flags} is not possible; allowed: {allowed}")
+        raise BadInput(f"{typed or flags} is not possible; allowed: from 16 paths, 8 clips and 1 step on")
     writable_folder(str(flags.out))
     cfg = build("tiny", {"device": "cpu"})
     codec, teacher = (load_net(flags.nets / f"{k}.safetensors", cfg, k) for k in ("codec", "teacher"))

@@ -1,8 +1,10 @@
 """CausVid: the regression onto the teacher's paths."""
 
+import shutil
+
 import pytest
 import torch
-from runs import KEYS, SMALL, in_process
+from runs import KEYS, ROOT, SMALL, in_process
 
 import train
 from config import Config, build, cli
@@ -76,6 +78,19 @@ def test_only_noisy_chunks_count(tiny, model):
     assert causvid.ode_loss(model, path, clean, text, levels, tiny) == 0
 
 
+def test_noised_clips(tiny, model):
+    """Catches levels that are not the chunks' own, and chunks without gradient."""
+    x, noise = torch.randn(2, 2, tiny.frames, *tiny.latent_shape)
+    text = torch.randn(2, tiny.text_length, tiny.text_width)
+    level = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1]])
+    made = causvid.on_data(model, x, noise, level, text, (1.0, 0.0), tiny)
+    kept = level.repeat_interleave(tiny.chunk, 1) == 1
+    assert torch.equal(made[kept], x[kept]) and ((made - x)[~kept].abs().amax((1, 2, 3)) > 0.1).all()
+    for part in causvid.on_data(model, x, noise, 0 * level, text, (1.0,), tiny).split(tiny.chunk, 1):
+        (grad,) = torch.autograd.grad(part.square().sum(), model.patch_embedding.weight, retain_graph=True)
+        assert grad.abs().max() > 0
+
+
 def test_a_start_that_can_be_distilled(nets, tmp_path, monkeypatch, capsys):
     """Two steps of stage 1, one level a chunk, and a step of distillation from there."""
     cfg = build("tiny", SMALL | {"device": "cpu"})
@@ -92,8 +107,11 @@ def test_a_start_that_can_be_distilled(nets, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, said", [
     (["--paths=8"], "16 paths"), (["--steps=0"], "1 step"), (["--beta=1"], "allowed"),
+    (["--nets=."], "teacher.safetensors"),
 ])  # fmt: skip
-def test_bad_input(monkeypatch, capsys, words, said):
+def test_bad_input(monkeypatch, capsys, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)  # where there is a codec, but no teacher
+    shutil.copy(ROOT / "assets/tiny/codec.safetensors", tmp_path)
     monkeypatch.setattr("sys.argv", ["x", *words])
     with pytest.raises(SystemExit) as stopped:
         cli(causvid.main)
