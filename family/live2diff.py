@@ -11,7 +11,7 @@ simplified: after the warm-up sinks are computed anew from the finished chunks. 
 differs: the student was trained with a clean past; it sees aligned and last ones for the first time.
 seen here: (python -m family.live2diff, n = 128, black ground) s = .65: jitter 1.60 ±.30 px with no past, .87
 ±.28 clean, .98 ±.26 aligned; 1.1 ±.3 px off the input's path, colour as asked 1.00. s = .75: 3.82 ±.59, 1.45
-±.37, 2.26 ±.49, 12 to 23 % of objects lost; warm-up of 2: +.57 ±.40. s = 1: clean .93 ±.09, aligned 4.01
+±.37, 2.26 ±.49, 12 to 23 % of objects lost; warm-up of 2: -.54 ±.36. s = 1: clean .93 ±.09, aligned 4.01
 ±.44. s = .5: colour .82 to .95. --ground= (any): 3.3 ±.9 px off at .65, as opposite colours hide the input.
 """
 
