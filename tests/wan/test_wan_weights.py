@@ -346,7 +346,8 @@ def test_real_sizes_without_memory(monkeypatch, size, count):
     cfg = replace(PRESETS["wan-1.3b"], **memory.WAN_SIZES[size])
     with torch.device("meta"):
         state = VideoDiT(cfg).state_dict()
-    renamed = {names_in_diffusers(cfg.layers)[name]: x for name, x in state.items()}
+    names = names_in_diffusers(cfg.layers)
+    renamed = {names[name]: x for name, x in state.items()}
     monkeypatch.setattr(wan, "read_tensors", lambda path: renamed)
     net = open_wan("somewhere", PRESETS["wan-1.3b"], exact=False)
     assert sum(p.numel() for p in net.parameters()) == count
