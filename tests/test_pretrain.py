@@ -207,10 +207,8 @@ def test_the_script_for_a_gpu_runs_to_its_end(tmp_path):
     words = ["bash", str(script), str(tmp_path / "out"), "--rehearse"]
     first, second = (subprocess.run(words, env=env, capture_output=True, text=True) for _ in range(2))
     rows = (tmp_path / "out" / "table.txt").read_text().splitlines()
-    parts = (
-        "bench-small bench-wan bench-wan-taper causal codec probe reward step student teacher tests".split()
-    )
-    assert [row.split(" | ")[0] for row in rows] == parts, first.stdout + first.stderr
+    parts = "bench-small bench-wan causal codec probe step student teacher tests".split()
+    assert sorted(row.split(" | ")[0] for row in rows) == parts, first.stdout + first.stderr
     assert all(" | exit 0 | " in row for row in rows), first.stdout
     assert second.stdout.splitlines() == rows and not second.stderr
     files = list((tmp_path / "out").iterdir())

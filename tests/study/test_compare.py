@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 import torch
 from filelock import FileLock
 from runs import KEYS, in_process
-from safetensors.torch import load_file
 
 import train
 from codec import Codec
@@ -100,20 +98,6 @@ def test_what_counts_as_trained(nets, tmp_path):
     assert ends(made, 50) and not compare.trained(tmp_path, cfg, ROOT / "assets/tiny"), "other nets"
     (tmp_path / "step_000050.pt").touch()
     assert not ends(made, 50), "there is something to go on from"
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_goes_on(where, tmp_path, monkeypatch):
-    """Half of a training lies there: the rest is added, and the student equals an uninterrupted one's."""
-    mine = tmp_path / "runs/one/windowed-0"
-    call(monkeypatch, *where, "--steps=2", "--methods=windowed")
-    shutil.move(mine, tmp_path / "whole")
-    (tmp_path / "r.csv").unlink()
-    command = ["train.py", where[0], f"--out={mine}", *KEYS, "--method=windowed", "--steps=1", "--seed=0"]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    call(monkeypatch, *where, "--steps=2", "--methods=windowed")
-    one, two = (load_file(folder / "student.safetensors") for folder in (tmp_path / "whole", mine))
-    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.fixture

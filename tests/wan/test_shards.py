@@ -1,16 +1,13 @@
 """FSDP2: sharded over two gloo processes = one process; saved by two, continued by one, and the other way."""
 
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp  # noqa: F401  (once here, not in every process that is forked)
-from runs import ROOT, call, command, in_process, metrics
+from runs import call, command, in_process, metrics
 from safetensors.torch import load_file
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -112,21 +109,6 @@ def test_a_broken_rollout_leaves_nobody_waiting(nets, tmp_path, monkeypatch):
     assert first["dropped"] == 2 and first["grad_norm"] > 0 and first["critic_grad_norm"] > 0
     assert second["dropped"] >= 4 and second["grad_norm"] == second["critic_grad_norm"] == 0
     assert weights(tmp_path).isfinite().all()
-
-
-@pytest.mark.slow
-def test_two_launchers_make_one_run(nets, pair, tmp_path):
-    """As on two machines: each its own torchrun, which meet at an address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meet = f"127.0.0.1:{free.getsockname()[1]}"
-    words = command(nets, tmp_path, "--steps=4", *SHARD)
-    head = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    head += ["--rdzv_backend=c10d", f"--rdzv_endpoint={meet}", "--rdzv_id=tiny"]
-    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    machines = [subprocess.Popen([*head, *words], **quiet) for _ in range(2)]
-    assert [machine.wait(timeout=170) for machine in machines] == [0, 0]
-    alike(pair, tmp_path)
 
 
 def test_a_missing_share_is_one_line(nets, pair, tmp_path, monkeypatch, capsys):
