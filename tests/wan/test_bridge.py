@@ -9,9 +9,11 @@ import torch
 from runs import call
 from safetensors.torch import load_file, save_file
 
+import demo
 import sample
 import train
 from config import PRESETS, cli
+from live.show import Wish, studio_of
 from model import VideoDiT
 from wan.networks import PromptFile
 
@@ -69,6 +71,14 @@ def test_a_step_and_a_stream(learn, wan, tmp_path, monkeypatch, capsys):
     words = ["--prompt", "a cat runs", "--prompt", "a dog@21", "--frames=33", f"--out={out}"]
     run(monkeypatch, sample, f"--wan={wan}", f"--student={student}", "--device=cpu", "--no-bf16", *words)
     assert out.exists() and "frames/s" in capsys.readouterr().out
+    # the page streams the same student: one frame, then four a latent, on after another prompt
+    flags, typed = demo.Flags(wan=str(wan), student=str(student)), {"device": "cpu", "bf16": False}
+    studio = studio_of(*sample.open_networks("wan-1.3b", typed, flags), flags)
+    show, texts = studio.open(), [studio.read(prompt) for prompt in ("a cat runs", "a dog")]
+    wish = Wish("a cat runs", texts[0], seed=0, steps=studio.hello["steps"])
+    made = [show(wish), show(replace(wish, prompt="a dog", text=texts[1]))]
+    assert [len(chunk.frames) for chunk in made] == [CFG.pixels(1), CFG.pixels(2) - CFG.pixels(1)]
+    assert made[1].about["chunk"] == 1 and not studio.hello["camera"] and not studio.hello["maps"]
 
 
 @pytest.mark.slow
