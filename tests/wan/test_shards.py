@@ -59,6 +59,8 @@ def test_two_machines_of_two_equal_one_process(nets, tmp_path):
     call(command(nets, tmp_path / "four", *words, "--shard"), processes=4, machines=2)
     call(command(nets, tmp_path / "one", *words))
     alike(tmp_path / "four", tmp_path / "one")
+    assert len(metrics(tmp_path / "four")) == 1 and weights(tmp_path / "four").isfinite().all()
+    assert read_header(tmp_path / "four" / "student.safetensors")["kind"] == "student"
 
 
 @pytest.mark.parametrize("machines", [1, 2])
