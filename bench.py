@@ -1,6 +1,6 @@
 """How fast does it stream? One table, and what it includes.
 
-    python bench.py                      # tiny: eager, on a GPU CUDA graphs as well; --compile adds a mode
+    python bench.py                      # tiny: eager, on a GPU CUDA graphs as well; --compile adds modes
     python bench.py wan-1.3b --bf16      # the real shapes on random weights: speed does not depend on them
     python bench.py tiny --data=clips    # how fast are --chunks windows of clips read, and read again?
     python bench.py wan-1.3b --bf16 --profile      # a chunk's time by kernel instead, of each mode
@@ -37,7 +37,7 @@ from rollout import directly, step_grid, stream
 class Flags:
     chunks: int = 100  # timed per mode
     fps: int = 16  # of playback: frames that come later are late
-    compile: bool = False  # a third mode, torch.compile
+    compile: bool = False  # torch.compile as well
     profile: bool = False  # where a chunk's time goes, kernel by kernel, instead of how fast it is
     json: bool = False  # one line for machines, not a table
 
@@ -74,7 +74,7 @@ def measure_mode(name: str, student, codec, cfg: Config, flags: Flags, flops: fl
     if cuda := cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    how = CudaGraphs if name == "graph" else lambda: directly  # every stream captures graphs of its own
+    how = CudaGraphs if name.endswith("graph") else lambda: directly  # every stream has graphs of its own
     parts, first = start_stream(student, cfg, how())
     row = {"mode": name, "first chunk ms": 1e3 * first, "warm-up s": time.perf_counter() - start}
     if flags.profile:
@@ -122,13 +122,12 @@ def sampling(cfg: Config, flags: Flags) -> list[dict]:
     with torch.device(cfg.device):
         student = for_sampling(VideoDiT(cfg).eval(), cfg)
         codec = Codec(cfg).eval() if cfg.stride == 8 and cfg.time_stride == 1 else None
-    modes = {"eager": student.run} | ({"graph": student.run} if cfg.device == "cuda" else {})
-    if flags.compile:
-        modes["compiled"] = compiled(student.run, cfg.device)
+    runs = {"eager": student.run} | ({"compiled": compiled(student.run, cfg.device)} if flags.compile else {})
+    graphs = {f"{name} graph": run for name, run in runs.items()} if cfg.device == "cuda" else {}
     with torch.inference_mode():
         flops, peak = count_flops(start_stream(student, cfg, directly)[0]), matmul_peak(cfg)
         given = student, codec, cfg, flags, flops, peak
-        return [measure_mode(mode, *given) for mode, student.run in modes.items()]
+        return [measure_mode(mode, *given) for mode, student.run in (runs | graphs).items()]
 
 
 def reading(cfg: Config, flags: Flags) -> list[dict]:

@@ -19,15 +19,15 @@ from engine import processes
 from model import VideoDiT
 from run import Run
 from wan import memory
+from wan.lora import adapt, merged
+from wan.networks import lowered
 
 
-def random_net(cfg, low: bool) -> VideoDiT:
-    """With a head that is not zero; blocks in bf16 if `low`, as a frozen teacher's."""
+def random_net(cfg) -> VideoDiT:
+    """With a head that is not zero."""
     with torch.device(cfg.device):
         net = VideoDiT(cfg)
     torch.nn.init.normal_(net.head.head.weight, std=0.02)
-    if low:
-        net.blocks.bfloat16()
     return net
 
 
@@ -37,13 +37,16 @@ def main() -> None:
     cfg = build(preset, one | typed)
     cfg = build(preset, one | typed | {"device": processes.pick_device(cfg)})
     torch.manual_seed(cfg.seed)
-    teacher, student, critic = (random_net(cfg, cfg.bf16 and i == 0) for i in range(3))
+    teacher, student, critic = (random_net(cfg) for _ in range(3))
+    ema = copy.deepcopy(student)
+    if cfg.lora:
+        student, critic = (adapt(lowered(net, cfg), cfg) for net in (student, critic))
     texts = torch.randn(1, cfg.text_length, cfg.text_width)
     source = SimpleNamespace(captions=lambda keys: [["random"] for _ in keys])
     adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.01)
     run = Run(
-        origin={}, codec=None, teacher=teacher.requires_grad_(False), student=student, critic=critic,
-        ema=copy.deepcopy(student), reward=None, balancer=None, track=None,
+        origin={}, codec=None, teacher=lowered(teacher, cfg).requires_grad_(False), student=student,
+        critic=critic, ema=ema, reward=None, balancer=None, track=None, weights=merged,
         read=lambda words: texts.expand(len(words), -1, -1),
         null=torch.zeros_like(texts).to(cfg.device), cfg=cfg, out=Path("."), rank=0, world=1, source=source,
         student_opt=torch.optim.AdamW(student.parameters(), lr=cfg.lr, **adam),

@@ -265,7 +265,7 @@ def drift(nets: Path, rng, count: int = 100_000) -> list[str]:
     """The shipped student for `count` chunks, or until Ctrl-C: memory, told every 1,000 chunks as well, and
     the last 100 chunks against the first 100. Nothing is measured before: that takes memory of its own."""
     prompt, memory, parts = "a red circle moving left slowly on a black background", [], deque(maxlen=100)
-    made = hubconf.student(device="cpu").stream(prompt, seed=rng.randrange(99))
+    made = hubconf.student().stream(prompt, seed=rng.randrange(99))
     with suppress(KeyboardInterrupt):
         for i, part in enumerate(islice(made, count), 1):
             parts.append(part)
