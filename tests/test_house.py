@@ -167,7 +167,7 @@ def test_every_command_names_a_script_and_flags_that_exist():
             else next(i for i, w in enumerate(words) if w.endswith(".py"))
         )
         name = words[at].removesuffix(".py")
-        own = words[at] == "tests/campaign.py" or name.startswith("examples.")
+        own = words[at] in ("tests/campaign.py", ".ci/step.py") or name.startswith("examples.")
         assert name in MODULES or own, f"{page}: {command}"
         flags = {f.name for f in fields(importlib.import_module(name).Flags)} | OWN
         for word in words[at + 1 :]:
