@@ -11,7 +11,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from itertools import islice, product
 from pathlib import Path
@@ -51,8 +50,7 @@ def compare(names: list[str], typed: dict, how) -> None:
     facts = {"world": how.world, "clips": how.clips, "nets": fingerprint(nets)}
     for seed, name in product(range(how.first, how.first + how.seeds), names):
         fields = fields_of(name, how.world, typed) | {"seed": seed}
-        typed_as = [as_flag(k, v) for k, v in fields.items() if k not in MACHINE]
-        command = " ".join(["python train.py", *typed_as])
+        command = " ".join(["python train.py", *(as_flag(k, fields[k]) for k in fields if k not in MACHINE)])
         run = {"row": name, "seed": seed, **facts, "command": command}
         folder = writable_folder(str(how.runs / how.world / f"{name}-{seed}"), "--runs")
         try:
@@ -117,21 +115,16 @@ def last_step(folder: Path) -> int:
 
 
 def judge(folder: Path, seed: int, nets: Path, clips: int, device: str) -> tuple[dict, dict]:
-    """A run's student → facts of the run, {view: measures}."""
+    """A run's student → facts of the run (of steps the median), {view: measures}."""
     path = folder / "student.safetensors"
     header = read_header(path)
     cfg = from_words(header["config"], {"device": device})
     student, codec = load_net(path, cfg, "student"), load_net(nets / "codec.safetensors", cfg, "codec")
-    views, seconds = watch(student, codec, cfg, seed, clips)
+    views = watch(student, codec, cfg, seed, clips)
     forwards = sum(len(step_grid(cfg, k)) + (cfg.context in ("clean", "noisy")) for k in range(7))
-    facts = {
-        "chosen step": int(header["step"]),
-        "forwards": forwards,
-        "seconds per chunk of 32 clips": seconds,
-    }
+    facts = {"chosen step": int(header["step"]), "forwards": forwards}
     rows = read_metrics(folder)
-    known = [k for k in results.FACTS if k in rows[-1]]
-    facts |= {k: sorted(row[k] for row in rows)[len(rows) // 2] for k in known}  # medians
+    facts |= {k: sorted(row[k] for row in rows)[len(rows) // 2] for k in results.FACTS if k in rows[-1]}
     for row in rows:
         seen = {k.removeprefix("held_out_"): v for k, v in row.items() if k.startswith("held_out_")}
         if seen:
@@ -140,33 +133,26 @@ def judge(folder: Path, seed: int, nets: Path, clips: int, device: str) -> tuple
 
 
 @torch.no_grad()
-def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -> tuple[dict, float]:
-    """Stream a clip per prompt, FAR clips' worth of frames for the first FEW → measures of the first clip, of
-    the last one with the drift from one to the other, and the seconds a chunk took."""
+def watch(student: VideoDiT, codec: Codec, cfg: Config, seed: int, clips: int) -> dict:
+    """Stream a clip per prompt, FAR clips' worth of frames for the first FEW → {"within": measures of the
+    first clip, "beyond": of the last one, with the drift from one to the other}."""
     views: dict[str, list[dict[str, Tensor]]] = {"within": [], "beyond": []}
-    seconds = []
     for first in range(0, clips, 32):  # FEW is two of these
         ids, far = range(first, min(first + 32, clips)), FAR if first < FEW else 1
         words = World(cfg, "test").captions([("compare", i) for i in ids])
         prompts = [caption(w) for w in words]
         text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
-        start = time.perf_counter()
         rngs = [rng_for("compare", seed, i) for i in ids]
         x = list(islice(stream(student, text, cfg, rngs), far * cfg.chunks))
-        seconds += [(time.perf_counter() - start) / len(x)] * (far > 1)
-        start01, end01 = (
-            codec.decode(torch.cat(part, 1)).float().cpu() for part in (x[: cfg.chunks], x[-cfg.chunks :])
-        )
+        ends = x[: cfg.chunks], x[-cfg.chunks :]
+        start01, end01 = (codec.decode(torch.cat(part, 1)).float().cpu() for part in ends)
         found = measure(start01, prompts)
         views["within"].append(found | three_axes(found))
         if far > 1:
             found, both = measure(end01, prompts), measure(torch.cat([start01, end01], 1), prompts)
-            drift = {
-                f"{k}_drift": both[k].abs() for k in ("saturation", "contrast")
-            }  # none makes up for another
+            drift = {f"{k}_drift": both[k].abs() for k in ("saturation", "contrast")}  # of each clip alone
             views["beyond"].append(found | three_axes(found) | drift)
-    middle = round(sorted(seconds)[len(seconds) // 2], 4)
-    return {view: over_prompts(parts) for view, parts in views.items()}, middle
+    return {view: over_prompts(parts) for view, parts in views.items()}
 
 
 def over_prompts(parts: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -21,20 +21,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import BadInput, build, cli, read_cli
+from config import ROOT, BadInput, build, cli, read_cli
 from engine.checkpoint import writable_folder
 from engine.rng import rng_for
 from networks import load_net
 from rollout import exit_step, rollout
 from run import Run
 from study.figures import BLUE, GREY, ORANGE, canvas, finish
-from study.reliability import NETS, begin
 from study.tables import interval
+from study.usefulness import begin
 from train import draw, update
 from world.measure import measure, three_axes
 from world.scene import World
 from world.words import caption
 
+NETS = ROOT / "assets/tiny"
 HARDER = {
     "weights": (0, 0.5, 2, 8, 32),
     "student": (0, 1, 2, 4, 8, 16, 32),

@@ -21,7 +21,7 @@ MEASURES = (
 ).split()
 _TEXTS = "row world view nets command job setting weight measure device".split()
 _WHOLE = ("seed", "clips", "prompts", "steps", "batch", "chosen step", "forwards")
-FACTS = ("seconds per chunk of 32 clips", "seconds", "ess", "w_inter", "w_intra_max")
+FACTS = ("seconds", "ess", "w_inter", "w_intra_max")
 COLUMNS = (
     "row", "seed", "world", "clips", "view", "prompts", *MEASURES, "chosen step", *FACTS, "forwards", "steps",
     "batch", "nets", "command",

@@ -166,7 +166,7 @@ def test_few_prompts_are_streamed_far(monkeypatch):
         compare, "measure", lambda x, prompts: dict.fromkeys(seen, x.std((1, 2, 3, 4)) + len(prompts[0]))
     )
     monkeypatch.setattr(compare, "three_axes", lambda found: {})
-    few, many = (compare.watch(student, codec, cfg, 0, clips)[0] for clips in (32, 34))
+    few, many = (compare.watch(student, codec, cfg, 0, clips) for clips in (32, 34))
     assert many["within"]["prompts"] == 34 and many["beyond"]["prompts"] == 32
     assert many["beyond"] == few["beyond"] and many["within"] != few["within"]
 
@@ -178,7 +178,7 @@ def test_drifts_do_not_cancel(monkeypatch):
     given = dict.fromkeys(("saturation", "contrast", "looks"), values)
     monkeypatch.setattr(compare, "measure", lambda *a: given)
     monkeypatch.setattr(compare, "three_axes", lambda found: {})
-    found = compare.watch(VideoDiT(cfg).eval(), Codec(cfg).eval(), cfg, 0, 3)[0]["beyond"]
+    found = compare.watch(VideoDiT(cfg).eval(), Codec(cfg).eval(), cfg, 0, 3)["beyond"]
     assert found["contrast_drift"] == pytest.approx(0.3) and found["looks"] == 0 and found["prompts"] == 3
 
 

@@ -1,4 +1,4 @@
-"""study/reliability.py: the law, the fault, the arithmetic of its tables, jobs that go on."""
+"""study/reliability.py, law.py, usefulness.py: the law, the fault, the tables' arithmetic, jobs that go on."""
 
 import math
 import shutil
@@ -17,8 +17,8 @@ from config import cli
 from engine.checkpoint import save_weights
 from model import VideoDiT, to_x0
 from networks import load_net
+from study import law, results, usefulness
 from study import reliability as study
-from study import results
 from study.tables import interval
 
 FACTS = {"method": "windowed", "group": 2, "weight": "softmax", "device": "cpu"}
@@ -28,10 +28,10 @@ def test_the_law():
     """As noise vanishes β (1 - s²), at every t nothing for a student as wide as its teacher, a loss for a
     wider one, and what steps along weighted gradients arrive at."""
     for s in (0.5, 1.25):
-        assert study.law(s, 0.3, torch.tensor([1e-3])) == pytest.approx(0.3 * (1 - s**2), rel=1e-4)
+        assert law.law(s, 0.3, torch.tensor([1e-3])) == pytest.approx(0.3 * (1 - s**2), rel=1e-4)
     t = torch.tensor([0.1, 0.5, 0.9])
-    assert study.law(1.0, 2.0, t) == 0 and study.law(1.5, 2.0, t) < 0
-    assert study.law_measured(0.5, 0.5, t, 0, steps=200) == pytest.approx(study.law(0.5, 0.5, t), abs=0.004)
+    assert law.law(1.0, 2.0, t) == 0 and law.law(1.5, 2.0, t) < 0
+    assert law.law_measured(0.5, 0.5, t, 0, steps=200) == pytest.approx(law.law(0.5, 0.5, t), abs=0.004)
 
 
 def test_the_fault_is_where_it_is_said_to_be():
@@ -42,7 +42,7 @@ def test_the_fault_is_where_it_is_said_to_be():
     def teacher(xt, t, text):
         return (xt - clean) / 0.3, "kv"
 
-    v, kv = study.shifted(teacher, wrong, 2)(xt, t, None)
+    v, kv = usefulness.shifted(teacher, wrong, 2)(xt, t, None)
     moved = clean.clone()
     for b in (1, 3):
         for f in (2, 3, 6, 7):
@@ -55,11 +55,11 @@ def test_the_worse_half_of_each_prompt(monkeypatch):
     x = torch.tensor([3.0, 1.0, 2.0, 0.0, 10.0, 13.0, 11.0, 12.0])
     judge = SimpleNamespace(codec=SimpleNamespace(decode=lambda x: x), cfg=SimpleNamespace(seed=0))
     judge.reward = lambda video01, text: video01[:, None].expand(-1, 3)
-    monkeypatch.setattr(study, "measure", lambda video01, prompts: {"looks": -video01})
-    monkeypatch.setattr(study, "three_axes", lambda found: found)
+    monkeypatch.setattr(usefulness, "measure", lambda video01, prompts: {"looks": -video01})
+    monkeypatch.setattr(usefulness, "three_axes", lambda found: found)
     words = [["red", "circle", "left", "slowly", "black"]] * 8
     low, pixels, lot, exact = (
-        study.worse(judge, fault, x, None, words, 1, group=4)
+        usefulness.worse(judge, fault, x, None, words, 1, group=4)
         for fault in ("low", "pixels", "random", "exact")
     )
     assert low.tolist() == [False, True, False, True, True, False, True, False] == (~pixels).tolist()
@@ -78,7 +78,7 @@ def test_the_teacher_errs_on_the_rollouts_that_are_trained_on(nets, tmp_path, mo
 
     def watch(net, *how):
         ends.append(net)
-        return {view: dict.fromkeys(study.LOOKS, 0.0) for view in ("within", "beyond")}, 0.0
+        return {view: dict.fromkeys(study.LOOKS, 0.0) for view in ("within", "beyond")}
 
     monkeypatch.setattr(study, "worse", judge)
     monkeypatch.setattr(study, "watch", watch)
@@ -87,7 +87,7 @@ def test_the_teacher_errs_on_the_rollouts_that_are_trained_on(nets, tmp_path, mo
         study.train_student(nets, cfg, fault, 1, 1, tmp_path)
     for one, other in zip(judged, weighed, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
-    run = study.begin(nets, cfg, load_net(nets / "causal.safetensors", cfg, "causal"))
+    run = usefulness.begin(nets, cfg, load_net(nets / "causal.safetensors", cfg, "causal"))
     train.update_student(run, 0)
     plain, exact, low = (torch.cat([p.flatten() for p in net.parameters()]) for net in (run.ema, *ends))
     assert torch.equal(plain, exact) and not torch.equal(plain, low)
@@ -96,7 +96,7 @@ def test_the_teacher_errs_on_the_rollouts_that_are_trained_on(nets, tmp_path, mo
 def test_single_steps(nets):  # noqa: F811
     """An exact teacher's plain step has cosine one with itself; where it errs, less; all is finite."""
     cfg = build_config("tiny", SMALL | FACTS)
-    lines = study.usefulness(nets, cfg, "stream_r1", prompts=2, rollouts=2)
+    lines = usefulness.usefulness(nets, cfg, "stream_r1", prompts=2, rollouts=2)
     found = {(x["setting"], x["weight"]): x["value"] for x in lines if x["measure"] == "cosine"}
     plain = study.SHOWN["usefulness"][0]
     assert found["stream_r1, exact", plain] == pytest.approx(1.0, abs=1e-4)
@@ -158,7 +158,7 @@ def test_jobs_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
 def test_report(tmp_path, monkeypatch, capsys):
     """Tables and the figure of a file that holds a part of it all."""
     results.append(tmp_path / "r.csv", [line("trained/low/0/1", 0.5)], study.COLUMNS, ("job",))
-    monkeypatch.setattr(study, "law_measured", lambda s, beta, t, seed: study.law(s, beta, t))
+    monkeypatch.setattr(law, "law_measured", lambda s, beta, t, seed: law.law(s, beta, t))
     call(monkeypatch, f"--results={tmp_path}/r.csv", f"--out={tmp_path}")
     assert "| t = .02 | 0.5 | +0.749 | +0.749 ± 0.000 |" in capsys.readouterr().out
     assert (tmp_path / "reliability.png").exists()
