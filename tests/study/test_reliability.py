@@ -1,4 +1,4 @@
-"""study/reliability.py, law.py, usefulness.py: the law, the fault, the tables' arithmetic, jobs that go on."""
+"""study/reliability.py, law.py, usefulness.py: the law, the fault, the tables' arithmetic, jobs."""
 
 import math
 import shutil
