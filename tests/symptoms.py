@@ -2,7 +2,7 @@
 
     python -m tests.symptoms                      # train each of them, 50 steps, into out/symptoms
     python -m tests.symptoms --names=kv_grad      # one of them; `healthy` is the same run without a defect
-    python -m tests.symptoms --steps=0            # draw again what there is: out/symptoms/symptoms.png
+    python -m tests.symptoms --steps=0            # draw again what there is: symptoms.png, strips.png
     python -m tests.symptoms --check              # does the test that docs/symptoms.md names fall?
 
 One seed each: a curve says what can happen, not how often.
@@ -15,11 +15,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import ROOT, BadInput, cli, read_cli
-from engine.checkpoint import writable_folder, write_atomically
+import torch
+from torch import Tensor
+
+from config import ROOT, BadInput, build, cli, from_words, read_cli
+from data import read_clip
+from engine.checkpoint import read_header, save_weights, states, writable_folder, write_atomically
+from engine.sheet import contact_sheet
+from networks import load_net
 from run import read_metrics
 from study.figures import BLUE, CURVES, GREY, canvas, finish
 from study.rows import as_flag
+from world.scene import World
+from world.words import caption
 
 KEPT = ROOT / "assets/curves"
 _REWARD = "video01 = run.codec.decode(x.nan_to_num()).float()  # a broken"
@@ -82,7 +90,7 @@ SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
 class Flags:
     names: str = ""  # defects, comma-separated; default all
     steps: int = 50  # of every run; 0: only draw
-    out: str = "out/symptoms"  # the folder of copies, runs and the picture
+    out: str = "out/symptoms"  # the folder of copies, runs and pictures
     keep: bool = False  # thinned metrics into assets/curves
     check: bool = False  # run the tests in place of trainings
 
@@ -149,6 +157,22 @@ def curves(runs: dict[str, list[dict]], path: Path) -> None:
     finish(figure, path)
 
 
+def strip(name: str, out: Path) -> Tensor:
+    """The last frame of each chunk (4 3 H W) for one held-out prompt and one noise. The student is the last
+    step's average, not the one that was chosen; it is sampled by the code that has trained it."""
+    run, last = out / name, out / name / "last.safetensors"
+    header = read_header(run / "student.safetensors")
+    cfg = from_words(header["config"], {"device": "cpu"})
+    net = load_net(run / "student.safetensors", cfg, "student")
+    net.load_state_dict(torch.load(states(run)[-1], "cpu", weights_only=True)["ema"])
+    save_weights(last, net, cfg, "student", nets=header["nets"])
+    prompt = caption(World(build("tiny", {}), "test").captions([("symptoms", 1)])[0])
+    how = ["--context=clean", "--context_t=0", "--frames=16", f"--student={last}", f"--out={run}/strip.webp"]
+    command = [sys.executable, "sample.py", f"--prompt={prompt}", *how]
+    subprocess.run(command, cwd=copied(name, out), check=True, capture_output=True)
+    return read_clip(run / "strip.webp", cfg)[cfg.chunk - 1 :: cfg.chunk] / 255
+
+
 def main() -> None:
     _, typed, flags = read_cli(None, Flags, __doc__)
     names = [name for name in flags.names.split(",") if name] or list(SICK)
@@ -168,6 +192,8 @@ def main() -> None:
     runs = {name: found for name in SICK for folder in (out, KEPT) if (found := read_metrics(folder / name))}
     curves(runs, out / "symptoms.png")
     print(out / "symptoms.png")
+    if strips := [(name, strip(name, out)) for name in SICK if states(out / name)]:
+        print(contact_sheet(out / "strips.png", strips))
 
 
 if __name__ == "__main__":
