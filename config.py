@@ -50,6 +50,7 @@ class Config:
     time_freqs: int = 64  # width of the sinusoidal time embedding
     text_length: int = 5  # words a prompt may have, with Wan tokens
     text_width: int = 64  # numbers per word or token
+    text: Literal["words", "minilm"] = "words"  # minilm: with data, a sentence encoder's states of any words
     predict: Literal["x", "v"] = "x"  # clean latents (patches wider than the model) or velocity
     # what a chunk may look at ----------------------------------------------------------------------------
     window: int = 3  # chunks attended to in all: sink + recent + the current one; 0 = the whole clip
@@ -143,8 +144,9 @@ class Config:
         check("horizon", self.horizon == 1 or self.time_stride == 1, "1 with a codec that is causal in time")
         check("t_min", self.t_min < self.t_max <= 1, "0 <= t_min < t_max <= 1")
         check("axes", bool(self.axes) and set(self.axes) <= {"VQ", "MQ", "TA"}, "some of VQ, MQ, TA")
-        enough = bool(self.data) or self.text_length > 4 * self.objects
-        check("text_length", enough, "4 words per object and one more")
+        check("text_length", bool(self.data) or self.text_length > 4 * self.objects, "above 4 x objects")
+        own = bool(self.data) and self.time_stride == 1 and self.text_width == 384
+        check("text", self.text == "words" or own, "words; minilm with --data, not Wan's, and text_width=384")
         check("balance_window", self.balance_window > 1, "2 or more")
         check("weight", self.weight == "exp" or self.group > 1, "exp with group=1")
         check("batch", self.batch % (self.group * self.accumulate) == 0, "a multiple of group x accumulate")
@@ -342,7 +344,8 @@ def build(preset: str, typed: dict) -> Config:
     method = typed.get("method", PRESETS[preset].method)
     if method not in METHODS:
         raise BadInput(f"method={method} is not possible; allowed: {' | '.join(METHODS)}")
-    return replace(PRESETS[preset], **(METHODS[method] | typed))
+    width = {"text_width": 384} if typed.get("text") == "minilm" else {}
+    return replace(PRESETS[preset], **(width | METHODS[method] | typed))
 
 
 def from_words(text: str, typed: dict | None = None) -> Config:

@@ -33,7 +33,7 @@ from engine.checkpoint import fingerprint, writable_folder, write_atomically
 from engine.rng import pick, rng_for
 from engine.sheet import ffmpeg
 from world.scene import Batch, World
-from world.words import free_words
+from world.words import embed, free_words
 
 READABLE = "mp4, mov, mkv, webm, avi, gif, webp, png, jpeg, tiff, avif"
 SLACK = 0.001  # seconds: files round the times of their frames to milliseconds
@@ -85,8 +85,7 @@ def probe(path: Path) -> Clip:
 def read_clip(path: Path, cfg: Config, most: int = 2**62) -> Tensor:
     """The last frames of a clip, or a picture → bytes (F 3 H W) at cfg.fps. Raises BadInput."""
     clip = probe(path)
-    count = min(most, clip.frames(cfg))
-    return decode(clip, cfg, clip.frames(cfg) - count, count)
+    return decode(clip, cfg, max(0, clip.frames(cfg) - most), min(most, clip.frames(cfg)))
 
 
 def decode(clip: Clip, cfg: Config, first: int, count: int) -> Tensor:
@@ -96,8 +95,7 @@ def decode(clip: Clip, cfg: Config, first: int, count: int) -> Tensor:
     if not len(video):
         raise unreadable(clip.path, complaint)
     if len(video) < count - 1:
-        short = f"clip {clip.path} breaks off: of frames {first} to {first + count - 1} it holds {len(video)}"
-        warnings.warn(f"{short}; its last one is repeated", stacklevel=2)
+        warnings.warn(f"clip {clip.path} breaks off: held from frame {first + len(video)} on", stacklevel=2)
     video = torch.from_numpy(video).permute(0, 3, 1, 2)
     return torch.cat([video, video[-1:].expand(count - len(video), -1, -1, -1)])
 
@@ -187,6 +185,7 @@ class ClipFolder:
         if (longest := max(map(len, captions))) > cfg.text_length:
             cut = f"captions have up to {longest} words; --text_length={cfg.text_length} keeps the first"
             warnings.warn(cut, stacklevel=2)
+        embed(captions[:1], cfg)  # before the work: a package may be missing
         self.vocabulary = sorted({word for words in captions for word in words})
         facts = json.dumps([(clip.path.name, clip.start, clip.seconds, text) for clip, text in self.clips])
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:12]  # a resumed run needs the same

@@ -18,7 +18,7 @@ from config import BadInput, Config
 from engine.checkpoint import fingerprint, load_weights
 from model import VideoDiT
 from reward import RewardModel
-from world.words import tokenize
+from world.words import embed
 
 
 @dataclass
@@ -51,7 +51,7 @@ def own_networks(cfg: Config, nets: Path, start: str) -> Networks:
     student, critic = made("causal", start), made("teacher")
     pair = student, copy.deepcopy(student)
     reward = made("reward").requires_grad_(False) if cfg.weighted else None
-    read = partial(tokenize, length=cfg.text_length, width=cfg.text_width)
+    read = partial(embed, cfg=cfg)
     null = torch.zeros(1, cfg.text_length, cfg.text_width, device=cfg.device)
     return Networks(origin, codec, teacher, *pair, critic, reward, read, null, str(nets))
 

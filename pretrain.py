@@ -36,7 +36,7 @@ from networks import load_net
 from reward import AXES, RewardModel, bradley_terry
 from rollout import rollout, sample_teacher
 from world.corrupt import pairs
-from world.words import tokenize
+from world.words import embed
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def learn_flow(stage: Stage, net, draw_t: Callable, loss_of: Callable, source, c
         rngs = [rng_for(*key, "noise") for key in own]
         noise = randn(rngs, cfg.frames, *cfg.latent_shape)
         keep = torch.stack([torch.rand((), generator=g) > 0.1 for g in rngs])
-        text = tokenize(drawn.words, cfg.text_length, cfg.text_width) * keep[:, None, None]
+        text = embed(drawn.words, cfg) * keep[:, None, None]
         return drawn, noise, text, torch.stack([draw_t(generator=g) for g in rngs])
 
     def loss(net, step, drawn, *given):
@@ -181,7 +181,7 @@ def train_reward(cfg: Config, stage: Stage, source, codec, flags: Flags) -> nn.M
         with torch.no_grad():
             long01 = codec.decode(codec.encode(source.pixels(drawn, cfg.device))).float()
         good, bad, captions = pairs(long01, drawn.words, rngs, bool(cfg.data))
-        text = torch.stack([tokenize(c, cfg.text_length, cfg.text_width) for c in captions]).to(cfg.device)
+        text = torch.stack([embed(c, cfg) for c in captions]).to(cfg.device)
         pick = torch.randint(len(rivals[0]), (stage.batch // 2,), generator=rngs[0])
         video01 = torch.cat([good, *bad, rivals[0][pick].to(cfg.device)])
         return bradley_terry(net, video01, text, rivals[1][pick].to(cfg.device))
@@ -199,7 +199,7 @@ def rival_clips(cfg: Config, codec: Codec, source, flags: Flags, count: int = 25
     for path, kind in nets:
         net = load_net(path, cfg, kind)
         words = source.captions([(cfg.seed, "rival", kind, i) for i in range(count)])
-        text = tokenize(words, cfg.text_length, cfg.text_width).to(cfg.device)
+        text = embed(words, cfg).to(cfg.device)
         for i in tqdm(range(0, count, 32), desc=f"clips of {path.name}"):
             rngs = [rng_for(cfg.seed, "rival", i + j) for j in range(32)]
             sampler = sample_teacher if kind == "teacher" else rollout
@@ -216,7 +216,7 @@ def report_reward(net: RewardModel, cfg: Config, codec, flags: Flags, count: int
     parts = batch.video01.to(cfg.device).split(32)
     long01 = torch.cat([codec.decode(codec.encode(v)).float().cpu() for v in parts])
     good, (looks, motion), captions = pairs(long01, batch.words, rngs, bool(cfg.data))
-    text = [tokenize(c, cfg.text_length, cfg.text_width).to(cfg.device) for c in captions]
+    text = [embed(c, cfg).to(cfg.device) for c in captions]
     net.mean.zero_(), net.std.fill_(1)
     clips = zip((good, looks, motion, good), (text[0], text[0], text[0], text[1]), strict=True)
     scores = torch.cat([net(v.to(cfg.device), t) for v, t in clips])
@@ -237,7 +237,7 @@ def _per_axis(values: Tensor, form: str) -> str:
 def show(name: str, net: nn.Module, cfg: Config, source, codec, out: Path) -> None:
     """A contact sheet of what the stage has learnt: reconstructions, samples, or scored clips."""
     batch = source.batch([("show", i) for i in range(6)], torch.arange(2 * cfg.pixel_frames))
-    good, text = batch.video01[:, : cfg.pixel_frames], tokenize(batch.words, cfg.text_length, cfg.text_width)
+    good, text = batch.video01[:, : cfg.pixel_frames], embed(batch.words, cfg)
     if name == "codec":
         decoded = net.decode(net.encode(good.to(cfg.device))).cpu()
         rows = zip(batch.prompts, torch.cat([good, decoded], dim=3), strict=True)  # one above the other

@@ -39,7 +39,7 @@ from live.pace import in_words, played, steps_in_time
 from model import RingCache
 from networks import find_codec, for_sampling, load_net
 from rollout import directly, step_grid, stream
-from world.words import left_open, tokenize, understand
+from world.words import embed, left_open, understand
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def open_networks(preset: str, typed: dict, flags: Flags):
         words = understand(prompt, cfg, vocabulary)
         if not cfg.data and (silent := left_open(words)):
             print(f"note: {prompt!r} leaves open {' and '.join(silent)}, which every training caption names")
-        return tokenize([words], cfg.text_length, cfg.text_width)
+        return embed([words], cfg)
 
     print(f"student {path}, trained with --method={cfg.method}")
     return cfg, student, codec, read

@@ -24,8 +24,8 @@ from config import BadInput, Config
 from engine import processes
 
 # fields that a network's numbers depend on: weights made under other values are refused
-_NETWORK = "height width channels stride patch patch_time heads predict text_length text_width chunk"
-_DEPENDS = {"codec": "channels stride", "reward": "height width text_length text_width"}
+_NETWORK = "height width channels stride patch patch_time heads predict text text_length text_width chunk"
+_DEPENDS = {"codec": "channels stride", "reward": "height width text text_length text_width"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -> None:
@@ -141,11 +141,11 @@ def load_weights(path: Path, net: nn.Module, cfg: Config, kind: str) -> nn.Modul
     header = read_header(path)
     if header["kind"] != kind:
         raise BadInput(f"{path} holds a {header['kind']}; a {kind} is needed here")
-    made = json.loads(header["config"])
+    made = vars(Config()) | json.loads(header["config"])  # it may lack what was added since
     for name in _DEPENDS.get(kind, _NETWORK).split():
-        if made.get(name) != getattr(cfg, name):
+        if made[name] != getattr(cfg, name):
             now = f"this run has {name}={getattr(cfg, name)}"
-            raise BadInput(f"{path} was made with {name}={made.get(name)}, {now}")
+            raise BadInput(f"{path} was made with {name}={made[name]}, {now}")
     tensors = load_file(path)
     if what := not_finite(tensors):
         raise BadInput(f"{path} cannot be used: {what}")

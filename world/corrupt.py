@@ -25,8 +25,7 @@ def worse_looks(video01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
     kind = kind or LOOKS[pick(rng, len(LOOKS))]
     x = video01
     if kind == "blur":
-        strength = _uniform(rng, 0.3, 1.0)
-        x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), strength)
+        x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), _uniform(rng, 0.3, 1.0))
     elif kind == "noise":
         x = x + _uniform(rng, 0.02, 0.2) * torch.randn(x.shape, generator=rng).to(x.device)
     elif kind == "wash":
@@ -54,8 +53,7 @@ def worse_motion(long01: Tensor, rng: torch.Generator, kind: str = "") -> Tensor
         bad = long01[time + (time >= cut) * (2 + pick(rng, frames - 1))]
     elif kind == "stall":
         start, length = pick(rng, frames // 2), frames // 4 + pick(rng, frames // 2)
-        after = torch.where(time < start + length, start, time - length)
-        bad = long01[torch.where(time < start, time, after)]
+        bad = long01[torch.maximum(time.clamp(max=start), time - length)]
     elif kind == "speed":
         bad = long01[2 * time if pick(rng, 2) else time // 2]
     elif kind == "reverse":
@@ -87,8 +85,7 @@ def wrong_words(meaning: list[str], rng: torch.Generator) -> list[str]:
 
 def pairs(long01: Tensor, words: list[list[str]], rngs: list, free: bool) -> tuple[Tensor, list, list]:
     """(b 2F 3 H W) → good (b F 3 H W), [worse looks, worse motion], captions [right, 3 x wrong]."""
-    frames = long01.shape[1] // 2
-    good = long01[:, :frames]
+    good = long01[:, : long01.shape[1] // 2]
     looks = torch.stack([worse_looks(x, g) for x, g in zip(good, rngs, strict=True)])
     motion = torch.stack([worse_motion(x, g) for x, g in zip(long01, rngs, strict=True)])
     if free:  # captions of real clips have no grammar: somebody else's caption is the wrong one

@@ -47,9 +47,8 @@ def measure(video01: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         base = clip.transpose(0, 1).flatten(1).median(dim=1).values  # objects never cover half the canvas
         per_object = [_measure_object(clip, base, want, wanted) for want in wanted]
         result = {k: torch.stack([m[k] for m in per_object]).nanmean() for k in per_object[0]}
-        nearest = (base.mean() - _GREYS).abs().argmin()
-        result["background"] = _agree(background, tuple(BACKGROUNDS), int(nearest))
-        result |= _quiet(clip, base)
+        nearest = int((base.mean() - _GREYS).abs().argmin())
+        result |= {"background": _agree(background, tuple(BACKGROUNDS), nearest), **_quiet(clip, base)}
         result["contrast"] = _drift(clip.flatten(1).std(1))
         clips.append(result | {k: result[k] * 0 + worst for k, worst in _WORST.items() if broken})
     return {k: torch.stack([c[k] for c in clips]) for k in clips[0]}
@@ -175,10 +174,9 @@ def _which_shape(alpha: Tensor, centre: Tensor, scale: float) -> int:
         still = _soft_step(shape_alpha(shape, *middle, radii[:, None, None]))
         offset = _centre(still) - torch.tensor([w, h]) / 2  # a triangle's mass lies off its origin
         at = centre[:, None] - offset[None]  # (F radii 2)
-        dx = (xs - at[..., :1] + w / 2) % w - w / 2
-        dy = (ys - at[..., 1:] + h / 2) % h - h / 2
-        drawn = shape_alpha(shape, dx[:, :, None, :], dy[:, :, :, None], radii[None, :, None, None])
-        drawn, seen = _soft_step(drawn), alpha[:, None]
+        dx = ((xs - at[..., :1] + w / 2) % w - w / 2)[:, :, None]
+        dy = ((ys - at[..., 1:] + h / 2) % h - h / 2)[..., None]
+        drawn, seen = _soft_step(shape_alpha(shape, dx, dy, radii[None, :, None, None])), alpha[:, None]
         union = torch.maximum(drawn, seen).sum((-1, -2)).clamp(min=1e-6)
         scores.append((torch.minimum(drawn, seen).sum((-1, -2)) / union).max(1).values.mean())
     return int(torch.stack(scores).argmax())
@@ -188,8 +186,7 @@ def _quiet(clip: Tensor, base: Tensor) -> dict[str, Tensor]:
     """Noise and seams of what is surely background, no pixel within three standing out; of all if none is."""
     away = clip - base[:, None, None]
     front = (away.abs().amax(1, keepdim=True) > 0.25).float()
-    front = F.max_pool2d(F.pad(front, (3, 3, 3, 3), mode="circular"), 7, stride=1)
-    quiet = front == 0
+    quiet = F.max_pool2d(F.pad(front, (3, 3, 3, 3), mode="circular"), 7, stride=1) == 0
     quiet = quiet if quiet.any() else torch.ones_like(quiet)
     noise = away[quiet.expand_as(clip)].square().mean().sqrt()
     return {"noise": noise, "seams": (_seams(away, quiet) + _seams(away.mT, quiet.mT)) / 2}

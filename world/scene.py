@@ -6,7 +6,7 @@ window of the process looks like any other, so a model can be streamed past the 
 because the weaving is random the future is not determined by the past.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ WEAVE, TURN = 0.35, 0.125  # sideways speed as a share of forward speed; chance 
 class Batch:
     video01: Tensor | None  # (b F 3 H W) in [0, 1]; None: drawn, not yet rendered
     prompts: list[str]
-    words: list[list[str]]  # what `tokenize` takes
+    words: list[list[str]]  # what `embed` takes
     position: Tensor | None = None  # (b objects F 2) centres in pixels (x, y)
     radius: Tensor | None = None  # (b objects)
     meanings: list[list[str]] | None = None  # the scenes, of which `words` may leave something out
@@ -61,8 +61,7 @@ class World:
     def batch(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
         """One clip per key (a tuple of ints and words). `times` (F,) or (b F): frames to show, from 0."""
         drawn = self.draw(keys, times)
-        drawn.video01 = self.pixels(drawn, "cpu")
-        return drawn
+        return replace(drawn, video01=self.pixels(drawn, "cpu"))
 
     def pixels(self, drawn: Batch, device: str) -> Tensor:
         """video01 (b F 3 H W), rendered on that device, of what `draw` has drawn."""
@@ -70,22 +69,20 @@ class World:
 
     def draw(self, keys: list[tuple], times: Tensor | None = None) -> Batch:
         """The same before it is rendered: a few numbers a clip."""
-        if times is None:
-            times = torch.arange(self.cfg.pixel_frames)
+        times = torch.arange(self.cfg.pixel_frames) if times is None else times
         rngs = [rng_for("world", self.split, *key) for key in keys]
         meanings = [self.meaning(g) for g in rngs]
         shown = [self._forget(m, g) for m, g in zip(meanings, rngs, strict=True)]
         radius = torch.stack([torch.rand(self.cfg.objects, generator=g) for g in rngs])
-        last = int(times.max())
-        paths = [self._move(m, g, last + 1) for m, g in zip(meanings, rngs, strict=True)]
-        position = torch.stack(paths)
+        frames = int(times.max()) + 1
+        position = torch.stack([self._move(m, g, frames) for m, g in zip(meanings, rngs, strict=True)])
         radius = (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * radius) * self.scale
         times = times.expand(len(keys), -1)
         position = position.gather(2, times[:, None, :, None].expand(-1, self.cfg.objects, -1, 2))
         return Batch(None, [caption(m) for m in shown], shown, position, radius, meanings)
 
     def captions(self, keys: list[tuple]) -> list[list[str]]:
-        """Words for `tokenize`, one caption per key: those `batch` would draw."""
+        """Words for `embed`, one caption per key: those `batch` would draw."""
         return [self.meaning(rng_for("world", self.split, *key)) for key in keys]
 
     def meaning(self, rng: torch.Generator) -> list[str]:

