@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -31,6 +31,7 @@ from engine.processes import autocast, sharing
 from model import ListCache, VideoDiT
 from rollout import Given, context_level, denoise_chunk, remember_chunk, step_grid
 from wan.hub import extra
+from wan.lora import adapt
 from wan.weights import WanCodec
 
 WAN_SIZES = {"1.3b": {}, "14b": dict(dim=5120, ffn=13824, layers=40, heads=40)}
@@ -85,21 +86,16 @@ class Flags:
     teacher_size: str = "1.3b"  # 1.3b | 14b
 
 
-def networks(cfg: Config, teacher: Config, low: bool) -> tuple[VideoDiT, VideoDiT, VideoDiT]:
-    """Student, critic and teacher as a pass sees them: the teacher, and if `low` all, in bf16 if cfg.bf16."""
-
-    def made(config: Config, low: bool) -> VideoDiT:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16 if low and cfg.bf16 else before)
-        try:
-            return VideoDiT(config)
-        finally:
-            torch.set_default_dtype(before)
-
-    student, critic, frozen = made(cfg, low), made(cfg, low), made(teacher, True)
-    for p in (*student.parameters(), *critic.parameters()):  # gradients are counted by hand
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    return student, critic, frozen.requires_grad_(False)
+def networks(cfg: Config, teacher: Config, sharded: bool) -> tuple[VideoDiT, VideoDiT, VideoDiT]:
+    """Student, critic and teacher as a pass sees them: in bf16 if cfg.bf16, but for what one alone trains."""
+    own, frozen = [VideoDiT(cfg), VideoDiT(cfg)], VideoDiT(teacher).requires_grad_(False)
+    with patch.object(nn.Module, "to", lambda net, *where, **how: net):  # fake tensors do not move
+        own = [adapt(net, cfg) for net in own] if cfg.lora else own
+    for p in (p for net in (*own, frozen) for p in net.parameters()):
+        p.data = p.data.to(torch.bfloat16 if cfg.bf16 and (sharded or not p.requires_grad) else torch.float32)
+        if p.requires_grad:  # gradients are counted by hand
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return *own, frozen
 
 
 @functools.cache
@@ -109,7 +105,7 @@ def rehearse(cfg: Config, teacher: Config, sharded: bool, clips=1, fake=True) ->
     `fake`: on tensors without numbers; else for real, which is how a test knows that the two agree.
     """
     with FakeTensorMode() if fake else nullcontext(), like_cuda():
-        student, critic, frozen = networks(cfg, teacher, sharded or cfg.lora > 0)
+        student, critic, frozen = networks(cfg, teacher, sharded)
         rough = autocast(replace(cfg, device="cpu"))
         with Tally() as first, rough:
             text = torch.zeros(clips, cfg.text_length, cfg.text_width)

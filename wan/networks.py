@@ -51,9 +51,8 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
     if cfg.weighted:
         refuse_marks(prompts)
     teacher = open_wan(flags.teacher or flags.wan, cfg, exact=False).requires_grad_(False)
-    lowered(teacher, cfg)
     start = flags.start or flags.wan  # opened twice: what is mapped, all processes of a machine share
-    student, ema, critic = (open_wan(path, cfg).float() for path in (start, start, flags.wan))
+    student, ema, critic = (open_wan(path, cfg) for path in (start, start, flags.wan))
     if cfg.device == "cuda":
         size = sized(cfg, teacher.state_dict(), flags.teacher or flags.wan)
         memory.check(cfg, size, processes.world(), torch.cuda.mem_get_info()[0] / memory.GB)
@@ -69,15 +68,20 @@ def wan_networks(cfg: Config, prompts: list[str], flags) -> Networks:
         return text([" ".join(words) for words in captions])
 
     null = text([cfg.negative]).to(cfg.device)
+    arriving = (teacher, True), (student, cfg.lora > 0), (ema, False), (critic, cfg.lora > 0)
+    teacher, student, ema, critic = (lowered(net, cfg, frozen) for net, frozen in arriving)
     if cfg.lora:
-        student, critic = (adapt(lowered(net, cfg), cfg) for net in (student, critic))
+        student, critic = (adapt(net, cfg) for net in (student, critic))
     return Networks(origin, codec, teacher, student, ema, critic, reward, read, null, weights=merged)
 
 
-def lowered(net: VideoDiT, cfg: Config) -> VideoDiT:
-    """What is frozen, if cfg.bf16: its blocks in bf16, the rest, above all for time, in fp32. In place."""
-    for name, part in net.named_children():
-        part.to(torch.bfloat16 if cfg.bf16 and name == "blocks" else torch.float32)
+def lowered(net: VideoDiT, cfg: Config, frozen: bool = True) -> VideoDiT:
+    """Of what is frozen, if cfg.bf16, the blocks in bf16; all else, above all for time, in fp32. Tensor by
+    tensor on its way to cfg.device, so that main memory holds what is mapped and no copy of it; what will be
+    spread stays there as the file has it, until wan/shards.py does the same. In place."""
+    for name, part in net.named_children() if not (cfg.shard and processes.world() > 1) else ():
+        low = frozen and cfg.bf16 and name == "blocks"
+        part.to(cfg.device, torch.bfloat16 if low else torch.float32)
     return net
 
 
@@ -91,9 +95,7 @@ def open_student(path: Path, preset: str, typed: dict, flags, student_config):
         header, foreign = read_header(path), False
     except BadInput:  # `save_weights` did not write it
         if "method" not in typed:
-            raise BadInput(
-                f"{path} does not name the method it had: --method={' | '.join(METHODS)}"
-            ) from None
+            raise BadInput(f"{path} does not name the method: --method={' | '.join(METHODS)}") from None
         header, foreign = {"kind": "student", "config": json.dumps(asdict(build(preset, typed)))}, True
     cfg = student_config(header, preset, typed, flags.steps)
     student = for_sampling(open_wan(path, cfg) if foreign else load_net(path, cfg, header["kind"]), cfg)

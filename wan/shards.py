@@ -45,6 +45,9 @@ def _mesh(device: str, machines: int, group: dist.ProcessGroup) -> DeviceMesh:
 
 def _fetched(unit: nn.Module, mesh: DeviceMesh, bf16: bool, *methods: str) -> nn.Module:
     """What `forward` or one of the methods needs is fetched before it, and dropped after it."""
+    for p in (p for p in unit.parameters() if not processes.is_share(p)):  # one by one, off a mapped file
+        low = bf16 and not p.requires_grad
+        p.data = p.data.to(mesh.device_type, torch.bfloat16 if low else torch.float32)
     unit.forward = copy.copy(unit).forward  # calls the methods as they are: all is there already
     how = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)

@@ -116,8 +116,11 @@ def test_resumed_with_its_shards(learn, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(wan, videoreward, prompts, tmp_path):
-    """Each encodes its share of the prompts, holds its share of every network, judges its own rollout."""
+    """Each encodes its share of the prompts, holds its share of every network, judges its own rollout. The
+    student's file is in bf16."""
+    save_file({k: x.bfloat16() for k, x in VideoDiT(CFG).state_dict().items()}, tmp_path / "x.safetensors")
     own = [f"--wan={wan}", f"--videoalign={videoreward}", f"--data={prompts}", *KEYS, "--batch=2"]
+    own.append(f"--start={tmp_path / 'x.safetensors'}")
     found = []
     for n in (1, 2):
         call(["train.py", "wan-1.3b", *own, f"--out={tmp_path / str(n)}"], processes=n)

@@ -28,11 +28,16 @@ def test_tally_by_hand():
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"checkpointing": True}, {"bf16": True, "checkpointing": True}, {"window": 0, "sink": 0}]
+    "change",
+    [{}, {"bf16": True, "checkpointing": True}, {"window": 0, "sink": 0}, {"bf16": True, "lora": 32}],
 )
 def test_rehearsed_without_numbers_equals_for_real(tiny, change):
     change = change | ({"sink_mode": "none"} if "window" in change else {})
     cfg = replace(tiny, layers=1, **change)
+    if cfg.lora:
+        pytest.importorskip("peft")
+        few = memory.rehearse(replace(cfg, lora=1), cfg, False)
+        assert all(n > 1.2 * few[k] for k, n in memory.rehearse(cfg, cfg, False).items())  # of the branches
     assert memory.rehearse(cfg, cfg, False) == memory.rehearse(cfg, cfg, False, fake=False)
 
 

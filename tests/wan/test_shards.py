@@ -2,13 +2,14 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp  # noqa: F401  (once here, not in every process that is forked)
 from runs import call, command, in_process, metrics
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -16,7 +17,10 @@ import train
 from config import BadInput, build
 from engine.checkpoint import read_header
 from train import Flags, prepare
+from wan.memory import Tally
+from wan.networks import lowered
 from wan.shards import load_shards, shard
+from wan.weights import open_wan
 
 
 def weights(path) -> torch.Tensor:
@@ -61,6 +65,38 @@ def test_two_machines_of_two_equal_one_process(nets, tmp_path):
     alike(tmp_path / "four", tmp_path / "one")
     assert len(metrics(tmp_path / "four")) == 1 and weights(tmp_path / "four").isfinite().all()
     assert read_header(tmp_path / "four" / "student.safetensors")["kind"] == "student"
+
+
+def test_nothing_is_copied_whole_in_main_memory(tiny, build, tmp_path):
+    """A file in bf16, whose network learns in fp32: a process that keeps a quarter never holds much more, and
+    one alone has nothing left beside the device's. Catches a conversion before the way there."""
+
+    class Main(Tally):
+        def add(self, storage):
+            if storage.device.type == "cpu":
+                super().add(storage)
+
+    cfg, path = replace(tiny, layers=6, bf16=True, shard=True, device="cpu"), tmp_path / "x.safetensors"
+    save_file({k: x.bfloat16() for k, x in build(cfg).state_dict().items()}, path)
+    size = 2 * path.stat().st_size  # in fp32
+    away, nets = (
+        SimpleNamespace(bf16=True, shard=False, device="meta"),
+        [open_wan(path, cfg), open_wan(path, cfg)],
+    )
+    with Main() as tally:
+        kinds = [lowered(net, away, i > 0).blocks[0].ffn[0].weight.dtype for i, net in enumerate(nets)]
+    assert kinds == [torch.float32, torch.bfloat16] and tally.peak < size / 10
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        for frozen, most in ((False, 0.5), (True, 0.3)):
+            net = lowered(open_wan(path, cfg).requires_grad_(not frozen), cfg, frozen)
+            with Main() as tally:
+                shard(net, cfg)
+            assert tally.peak < most * size
+            kept = net.blocks[0].ffn[0].weight.dtype, net.time_embedding[0].weight.dtype
+            assert kept == (torch.bfloat16 if frozen else torch.float32, torch.float32)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("machines", [1, 2])
