@@ -29,7 +29,12 @@ def test_tally_by_hand():
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"bf16": True, "checkpointing": True}, {"window": 0, "sink": 0}, {"bf16": True, "lora": 32}],
+    [
+        {},
+        {"bf16": True, "checkpointing": True},
+        {"window": 0, "sink": 0},
+        pytest.param({"bf16": True, "lora": 32}, marks=pytest.mark.slow),
+    ],  # to import peft takes seconds
 )
 def test_rehearsed_without_numbers_equals_for_real(tiny, change):
     change = change | ({"sink_mode": "none"} if "window" in change else {})
