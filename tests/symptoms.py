@@ -159,7 +159,7 @@ def curves(runs: dict[str, list[dict]], path: Path) -> None:
 
 def strip(name: str, out: Path) -> Tensor:
     """The last frame of each chunk (4 3 H W) for one held-out prompt and one noise. The student is the last
-    step's average, not the one that was chosen; the code that has trained it samples it, its context clean."""
+    step's average, not the one that was chosen; the code that trained it samples it, with a clean context."""
     run, last = out / name, out / name / "last.safetensors"
     header = read_header(run / "student.safetensors")
     cfg = from_words(header["config"], {"device": "cpu"})
