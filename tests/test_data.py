@@ -595,17 +595,6 @@ def test_text_that_is_not_utf8_is_refused(encoding, tmp_path):
             call()
 
 
-def test_captions_under_another_locale(folder):
-    """Catches files that are read in the machine's encoding."""
-    path, code = folder / "metadata.jsonl", "import sys; from data import *; from config import build\n"
-    path.write_bytes('{"file_name": "0.gif", "text": "ein grüner Balken"}'.encode())
-    code += 'print(ascii(ClipFolder(build("tiny", {}), sys.argv[1]).vocabulary))'
-    env = {"PATH": "", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", code, str(folder)]
-    out = subprocess.run(words, env=env, cwd=data.__file__[: -len("data.py")], capture_output=True, text=True)
-    assert out.stdout.strip() == ascii(["balken", "ein", "grüner"]), out.stderr
-
-
 def test_names_with_accents_below_the_folder(folder):
     """A name is found in whichever form the system keeps it; both rows of one caption are kept."""
     for form in ("NFC", "NFD"):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from runs import ROOT
 
 import bench
@@ -15,36 +16,34 @@ from engine import processes
 from engine.checkpoint import write_atomically
 from engine.processes import autocast, pick_device
 
-CORE = "train, pretrain, sample, bench, hubconf, networks, data, wan.memory"
-STUDY = "study.evaluate, study.figures, study.goodhart, study.reliability"
-
-
-def complaint(names: str, then: str = "") -> str:
-    """Of a Python that lacks what Windows lacks and imports them; none: ""."""
-    code = f"""
+CODE = """
 import signal, sys
 import torch, imageio.v3, tqdm, numpy  # which know Windows
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 for name in ("SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGCHLD"):
     delattr(signal, name)
-import {names}
-{then}
+import train, pretrain, sample, bench, hubconf, networks, data, wan.memory
+assert not [name for name in sys.modules if name.startswith('study')]
+print(ascii(data.ClipFolder(bench.build("tiny", {}), sys.argv[1]).vocabulary))
+import study.evaluate, study.figures, study.goodhart, study.reliability
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=170)
-    return (done.stderr or f"exit code {done.returncode}") if done.returncode else ""
 
 
-def test_imports_without_what_windows_lacks():
-    """Catches a module or signal of Unix alone that is read at import, and a script that reads the study."""
-    assert not complaint(CORE, "assert not [name for name in sys.modules if name.startswith('study')]")
-
-
-def test_the_study_imports_without_what_windows_lacks():
-    """The same of what needs the extra `study`."""
+def test_imports_and_captions_where_windows_lacks_things(tmp_path):
+    """Catches a module or signal of Unix alone that is read at import, a script that reads the study, and
+    files that are read in the machine's encoding, which is not UTF-8 there."""
     for name in ("filelock", "scipy", "matplotlib"):
         pytest.importorskip(name)
-    assert not complaint(STUDY)
+    first, *rest = [Image.new("L", (32, 32), 9 * n) for n in range(24)]
+    first.save(tmp_path / "0.gif", save_all=True, append_images=rest, duration=125)
+    row = '{"file_name": "0.gif", "text": "ein grüner Balken"}'
+    (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8")
+    other = {"PATH": "", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", CODE, str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, env=other, capture_output=True, text=True, timeout=170)
+    assert done.stdout.strip() == ascii(["balken", "ein", "grüner"]), done.stderr
+    assert not done.returncode, done.stderr
 
 
 def test_a_flush_needs_a_file_that_is_open_for_writing(tmp_path, monkeypatch):

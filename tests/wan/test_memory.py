@@ -38,7 +38,7 @@ def test_tally_by_hand():
 )
 def test_rehearsed_without_numbers_equals_for_real(tiny, change):
     change = change | ({"sink_mode": "none"} if "window" in change else {})
-    cfg = replace(tiny, layers=1, **change)
+    cfg = replace(tiny, layers=1, frames=6, **change)
     if cfg.lora:
         pytest.importorskip("peft")
         few = memory.rehearse(replace(cfg, lora=1), cfg, False)
@@ -47,9 +47,9 @@ def test_rehearsed_without_numbers_equals_for_real(tiny, change):
 
 
 def test_what_it_depends_on(tiny):
-    base = memory.rehearse(tiny, tiny, False)
-    twice = memory.rehearse(tiny, tiny, False, 2)
-    spare = memory.rehearse(replace(tiny, checkpointing=True), tiny, False)
+    cfg = replace(tiny, frames=4)
+    base, twice = memory.rehearse(cfg, cfg, False), memory.rehearse(cfg, cfg, False, 2)
+    spare = memory.rehearse(replace(cfg, checkpointing=True), cfg, False)
     assert all(1.8 < twice[k] / base[k] < 2.1 and spare[k] < 0.8 * base[k] for k in base)
 
 
@@ -86,7 +86,7 @@ def test_what_lasts(nets, tmp_path):  # noqa: F811
 
 
 def test_too_little_memory_is_said_before(tiny):
-    cfg = replace(tiny, batch=8)
+    cfg = replace(tiny, batch=8, layers=1, frames=4)
     memory.check(cfg, cfg, 2, 80)
     with pytest.raises(BadInput, match=r"2 GPUs with 4 clips each need about .* --accumulate=4"):
         memory.check(cfg, cfg, 2, 0.0001)

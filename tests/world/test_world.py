@@ -242,7 +242,7 @@ def test_pixels():
 
 @pytest.fixture(scope="module")
 def clips():
-    return World(Config(), "test").batch(keys(256))
+    return World(Config(), "test").batch(keys(128))
 
 
 def shares(video01, prompts) -> dict[str, float]:
@@ -254,7 +254,7 @@ def test_measures_of_the_truth(clips):
     found = measure(clips.video01, clips.prompts)
     moving = torch.tensor(["moving" in prompt for prompt in clips.prompts])
     for name, values in found.items():
-        assert values.shape == (256,) and values[moving].isfinite().all(), name
+        assert values.shape == (128,) and values[moving].isfinite().all(), name
         assert values.isfinite().all() or name == "stall"
     assert min(float(values.mean()) for values in three_axes(found).values()) > 0.98
     assert max(float(found[name].nanmean()) for name in ("stall", "paint", "seams")) < 1e-3
@@ -274,14 +274,15 @@ def test_measures_of_the_wrong_prompt(clips):
 
 def test_measures_of_a_frozen_clip(clips):
     """Catches a direction that is guessed from looks: only what stands still may pass."""
-    found = shares(clips.video01[:, :1].expand_as(clips.video01), clips.prompts)
+    frozen = clips.video01[:64, :1].expand(-1, 16, -1, -1, -1)
+    found = shares(frozen, clips.prompts[:64])
     assert 0.12 < found["direction"] < 0.3 and 0.12 < found["speed"] < 0.3
     assert found["colour"] > 0.98 and found["shape"] > 0.98 and found["jitter"] < 1e-3
 
 
 def test_measures_of_reversed_time(clips):
     """Catches a direction without a sign; looks and speed must not notice."""
-    found = shares(clips.video01.flip(1), clips.prompts)
+    found = shares(clips.video01[:64].flip(1), clips.prompts[:64])
     assert found["direction"] < 0.3
     assert min(found[name] for name in ("colour", "shape", "speed", "background")) >= 0.98
 
