@@ -59,6 +59,8 @@ def main() -> None:
         flags = replace(flags, resume=bool(checkpoint.states(Path(flags.out))))
     elif flags.resume:
         checkpoint.can_resume(flags.out)
+    if cfg.attention != "auto":
+        raise BadInput(f"attention={cfg.attention} is sample.py's; allowed here: auto")
     rank, world, device = processes.start(cfg)
     with checkpoint.locked(flags.out, mine=rank == 0):
         learn(prepare(replace(cfg, device=device), flags, rank, world))

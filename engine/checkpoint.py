@@ -57,12 +57,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
 def locked(folder: str, mine: bool = True) -> Iterator[None]:
     """One run a folder at a time. A process that ends, however it ends, keeps no lock. mine: whether this
     process is the one to ask. Raises BadInput."""
-    lock = FileLock(writable_folder(folder) / ".lock", timeout=0) if mine else nullcontext()
     try:
-        with lock:
-            yield
+        held = FileLock(writable_folder(folder) / ".lock", timeout=0).acquire() if mine else nullcontext()
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}; another --out starts one beside it") from error
+    with held:
+        yield
 
 
 def writable_folder(path: str, flag: str = "--out") -> Path:

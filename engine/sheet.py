@@ -2,11 +2,11 @@
 
 import subprocess
 from collections.abc import Iterable, Iterator
+from os import R_OK, access
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
-from einops import rearrange
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -17,13 +17,13 @@ from engine.checkpoint import writable_folder, write_atomically
 
 def to_uint8(video01: Tensor) -> Tensor:
     """(... 3 H W) in [0, 1] → (... H W 3) bytes."""
-    return rearrange((video01.clamp(0, 1) * 255).round().byte(), "... c h w -> ... h w c").cpu()
+    return (video01.clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu()
 
 
 def contact_sheet(path: Path, rows: Iterable[tuple[str, Tensor]], scale: int = 2, every: int = 1) -> Path:
     """One row of frames per (caption, video01 (F 3 H W)); captions may be the same. Writes a PNG → its path:
     another one than asked for where somebody else's picture is."""
-    gap, label, rows = 2, 20, list(rows)
+    gap, label, ours, rows = 2, 20, b"Software\0stream-r1", list(rows)
     strips = [to_uint8(video[::every]) for _, video in rows]
     frames, h, w, _ = max((s.shape for s in strips), key=lambda shape: shape[0])
     sheet = Image.new("RGB", (frames * (w * scale + gap), len(rows) * (h * scale + label + gap)), "white")
@@ -36,7 +36,7 @@ def contact_sheet(path: Path, rows: Iterable[tuple[str, Tensor]], scale: int = 2
             sheet.paste(image, (f * (w * scale + gap), top + label))
     mark = PngInfo()
     mark.add_text("Software", "stream-r1")  # comes first in the file
-    while path.exists() and not (path.is_file() and b"Software\0stream-r1" in path.read_bytes()[:99]):
+    while path.exists() and not (path.is_file() and access(path, R_OK) and ours in path.read_bytes()[:99]):
         path = path.with_stem(f"{path.stem}_sheet")
     write_atomically(path, lambda name: sheet.save(name, pnginfo=mark))
     return path

@@ -15,6 +15,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 from PIL import Image
 from runs import KEYS, ROOT, call, command, in_process
 
@@ -23,9 +24,11 @@ import sample
 import train
 from config import BadInput, build, cli
 from engine import checkpoint, sheet
+from engine.sheet import contact_sheet
 from run import read_metrics
 
 FORK = multiprocessing.get_context("fork")  # a new process would take seconds to import torch
+ROW = [("red", torch.zeros(2, 3, 8, 8))]
 RED = ("--prompt", "a red circle moving left", "--frames=8")
 
 
@@ -81,6 +84,15 @@ def test_a_persons_picture_stays(nets, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "clip.png").read_bytes() == before
         assert f"{tmp_path}/clip_sheet.png" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "clip.png", "clip_sheet.png"]
+
+
+def test_what_is_no_picture_of_ours_stays(tmp_path, monkeypatch):
+    """A folder of that name, and a file that may not be read (root may: here the system says no)."""
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "b.png").write_bytes(contact_sheet(tmp_path / "c.png", ROW).read_bytes())
+    monkeypatch.setattr(sheet, "access", lambda path, how: path.name != "b.png")
+    for name in ("a", "b"):
+        assert contact_sheet(tmp_path / f"{name}.png", ROW).name == f"{name}_sheet.png"
 
 
 def test_a_clip_is_not_replaced_by_its_continuation(drawn, tmp_path, monkeypatch, refused):
@@ -222,6 +234,18 @@ def test_a_folder_takes_one_run(tried, tmp_path, monkeypatch, refused):
         holder.kill()
         holder.join()
     in_process(monkeypatch, train, *tried, "--steps=1")
+
+
+def test_a_lock_that_a_run_meets_is_not_its_folders(tmp_path):
+    """Catches another file's lock, of a download say, reported as another run."""
+    with pytest.raises(Timeout), checkpoint.locked(tmp_path):
+        raise Timeout("a download's lock")
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+def test_a_training_takes_no_kernel_for_sampling(refused, tried):
+    assert "allowed here: auto" in refused(train, *tried, "--attention=flash")
 
 
 def test_two_pretrainings_do_not_share_a_stage(tmp_path, refused):

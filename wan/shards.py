@@ -27,9 +27,11 @@ def shard(net: nn.Module, cfg: Config) -> nn.Module:
     """FSDP2, in place: a process keeps its share of every parameter and fetches the others' block by block,
     each once a pass. Machines with several processes each hold a copy a machine, and share within it (HSDP).
 
-    Blocks travel and compute in bf16 if cfg.bf16; what is outside of them, the time embedding too, stays
-    in fp32. A stream reads its text once, apart from the passes: cross-attention is a unit of its own.
+    Blocks travel and compute in bf16 if cfg.bf16; what is outside of them, the time embedding too, in fp32.
+    A stream reads its text once, apart from the passes: cross-attention is its own unit. Raises BadInput.
     """
+    if processes.gather(torch.tensor([processes.sharing()], device=cfg.device)).unique().numel() > 1:
+        raise BadInput("--shard: machines differ in processes; allowed: one --nproc_per_node for all of them")
     mesh = _mesh(cfg.device, processes.world() // processes.sharing(), dist.group.WORLD)
     for block in net.blocks:
         _fetched(block.cross_attn, mesh, cfg.bf16, "read")
@@ -96,5 +98,4 @@ def _shards(run, names: tuple[str, ...]) -> dict:
 
 
 def _parts(run, names: tuple[str, ...]) -> dict:
-    opts = {"student": run.student_opt, "critic": run.critic_opt}
-    return {name: (getattr(run, name), opts.get(name, ())) for name in names}
+    return {name: (getattr(run, name), vars(run).get(f"{name}_opt", ())) for name in names}

@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from config import BadInput, build
+from engine import processes
 from engine.checkpoint import read_header
 from reward import AXES
 from train import Flags, prepare
@@ -122,6 +123,13 @@ def test_every_unit_travels_once_a_pass(tiny, build, machines, monkeypatch):
     fetched, left, copied = "c10d._allgather_base_", "c10d._reduce_scatter_base_", "c10d.allreduce_"
     between = {copied: units} if machines > 1 else {}
     assert found == [{fetched: units}, {fetched: 2 * units, left: units} | between]
+
+
+def test_machines_with_different_numbers_of_processes(tiny, build, monkeypatch):
+    """Catches meshes of different shapes, whose processes wait for each other for ever."""
+    monkeypatch.setattr(processes, "gather", lambda x: torch.cat([x, torch.tensor([4])]))
+    with pytest.raises(BadInput, match="one --nproc_per_node"):
+        shard(build(tiny), replace(tiny, device="cpu"))
 
 
 @pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
