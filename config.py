@@ -83,7 +83,7 @@ class Config:
     motion: float = 0.0  # weight of the DMD term on temporal differences (Diagonal Distillation)
     # training --------------------------------------------------------------------------------------------
     seed: int = 0  # another one gives other clips and other noise
-    steps: int = 30  # student updates of every method; published: 200; 120 for Self and Reward Forcing
+    steps: int = 25  # student updates of every method; published: 200; 120 for Self and Reward Forcing
     batch: int = 16  # clips per step over all processes
     accumulate: int = 1  # micro-batches per update and process; one exit step for all, published: one each
     critic_steps: int = 2  # critic updates per student update; published: 5
@@ -104,7 +104,7 @@ class Config:
     attention: Literal["auto", "cudnn", "flash", "mem_efficient"] = "auto"  # of sampling, on CUDA
     threads: int = 0  # CPU threads to compute with; 0: one a core, sample.py takes one for tiny
     save_every: int = 25  # steps between checkpoints, of which two are kept
-    eval_every: int = 10  # steps between held-out measurements; the best EMA student is kept
+    eval_every: int = 25  # steps between held-out measurements; the best EMA student is kept
     eval_clips: int = 64  # held-out prompts that are measured
     max_bad: int = 8  # steps in a row with a non-finite sample before the run stops
 
