@@ -127,8 +127,7 @@ def update_student(run: Run, step: int) -> dict[str, float]:
         # 2. how far to trust the teacher on this rollout, and where
         w, inter, stats = weigh(run, x.detach(), about)
         # 3. what would make it more like the teacher's videos
-        t = sample_t(rngs, cfg, cfg.device)
-        noise = randn(rngs, *x.shape[1:], device=cfg.device)
+        t, noise = sample_t(rngs, cfg, cfg.device), randn(rngs, *x.shape[1:], device=cfg.device)
         with processes.autocast(cfg):
             g, finite = dmd_gradient(x, text, run.null, run.teacher, run.critic, t, noise, cfg.guidance,
                                      cfg.motion)  # fmt: skip
@@ -155,9 +154,8 @@ def update_student(run: Run, step: int) -> dict[str, float]:
 @torch.no_grad()
 def average(run: Run, step: int) -> None:
     """Move the running average towards the student; after its first step it is the student."""
-    share = 1 - run.cfg.ema if step else 1.0
     for mean, new in zip(run.ema.parameters(), run.weights(run.student), strict=True):
-        mean.lerp_(new, share)
+        mean.lerp_(new, 1 - run.cfg.ema if step else 1.0)
 
 
 def without_broken(run: Run, x: Tensor, text: Tensor, chunks: int, exit: int, key: tuple, micro: int):

@@ -85,7 +85,7 @@ def load_shards(run, names: tuple[str, ...], facts: dict) -> None:
     except (Exception, dcp.CheckpointException) as error:  # a share is missing, cut short, of another network
         what = f"{path} cannot be read ({type(error).__name__})"
         raise BadInput(f"{what}; delete it to go on from the one before") from error
-    for name, (net, opt) in _parts(run, names).items():
+    for name, (net, opt) in _parts(run, names):
         set_state_dict(net, opt, model_state_dict=state[name]["net"], optim_state_dict=state[name]["opt"])
     run.balancer.load_state_dict(facts["balancer"])
 
@@ -93,9 +93,8 @@ def load_shards(run, names: tuple[str, ...], facts: dict) -> None:
 def _shards(run, names: tuple[str, ...]) -> dict:
     # one process alone is nothing to be warned of, here or by what reads and writes the shards
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-    parts = _parts(run, names).items()
-    return {name: dict(zip(("net", "opt"), get_state_dict(*part), strict=True)) for name, part in parts}
+    return {k: dict(zip(("net", "opt"), get_state_dict(*v), strict=True)) for k, v in _parts(run, names)}
 
 
-def _parts(run, names: tuple[str, ...]) -> dict:
-    return {name: (getattr(run, name), vars(run).get(f"{name}_opt", ())) for name in names}
+def _parts(run, names: tuple[str, ...]) -> list[tuple]:
+    return [(name, (getattr(run, name), vars(run).get(f"{name}_opt", ()))) for name in names]
