@@ -48,8 +48,8 @@ SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
          "    time, space = factorise("),
     )),
     "one_weight": ("test_train.py -k weights_of_rollouts", (
-        ("train.py", "    inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)\n",
-         "    inter = rollout_weight(run.balancer(everyone[:, axes]), cfg)\n"
+        ("train.py", "    inter = rollout_weight(r, cfg)\n",
+         "    inter = rollout_weight(r, cfg)\n"
          "    inter = inter.view(-1, len(x))[:, :1].expand(-1, len(x)).flatten()  # the first one's for all\n"
          "    intra = intra[:1]\n"),
     )),
@@ -76,7 +76,7 @@ SICK: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
          "    mask = torch.ones(q.shape[1], k.shape[1]).tril().bool().to(q.device) if join else mask\n"),
     )),
     "other_context": ("test_rollout.py -k clean_context", (
-        ("config.py", '"none"] = "clean"', '"none"] = "noisy"'),
+        ("config.py", '"aligned"] = "clean"', '"aligned"] = "noisy"'),
         ("config.py", "context_t: float = 0.0", "context_t: float = 0.6"),
     )),
     "lost_average": ("test_train.py -k killed_and_resumed", (
