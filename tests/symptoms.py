@@ -152,6 +152,8 @@ def curves(runs: dict[str, list[dict]], path: Path) -> None:
                 )
         panel.set(title=name, ylim=(0, 3))
         panel.grid(alpha=0.3)
+    figure.supxlabel("step")
+    figure.supylabel("share of right shapes (line), jitter in pixels (dotted)")
     for panel in panels.flat[len(sick) :]:
         panel.set_axis_off()
     finish(figure, path)
