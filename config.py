@@ -114,12 +114,11 @@ class Config:
                 raise BadInput(f"{name}={getattr(self, name)} is not possible; allowed: {allowed}")
 
         for f in fields(self):
-            value, zero = getattr(self, f.name), f.name in _MAY_BE_ZERO
+            value, zero = getattr(self, f.name), " or zero" * (f.name in _MAY_BE_ZERO)
             if get_origin(f.type) is Literal:
                 check(f.name, value in get_args(f.type), " | ".join(get_args(f.type)))
             elif f.type in (int, float):
-                fine = 0 < value < math.inf or value == 0 and zero
-                check(f.name, fine, "a positive number" + " or zero" * zero)
+                check(f.name, 0 < value < math.inf or value == 0 and zero, f"a positive number{zero}")
         cell = self.stride * self.patch
         check("height", self.height % cell == 0, f"a multiple of {cell} (stride x patch)")
         check("width", self.width % cell == 0, f"a multiple of {cell} (stride x patch)")
@@ -155,6 +154,13 @@ class Config:
     def weighted(self) -> bool:
         """Whether a reward takes part."""
         return bool(self.beta or self.space or self.time)
+
+    @property
+    def example(self) -> str:
+        """A prompt; of one's own clips nobody else knows any."""
+        second = " and a blue square moving up slowly" * (self.objects > 1)
+        prompt = f"a red circle moving left slowly{second} on a black background"
+        return "..." if self.data and self.time_stride == 1 else prompt
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -67,8 +67,7 @@ def probe(path: Path) -> Clip:
         pass  # a film, then
     except Exception as error:  # Pillow's decoders raise errors of their own
         raise unreadable(path, str(error)) from error
-    copy = "-map 0:V:0 -c copy -f framecrc -".split()
-    table, complaint = ffmpeg("-copyts", "-i", f"file:{path}", *copy)
+    table, complaint = ffmpeg("-copyts", "-i", f"file:{path}", *"-map 0:V:0 -c copy -f framecrc -".split())
     lines = [line.replace(",", " ").split() for line in table.decode().splitlines()]
     unit = [Fraction(line[2]) for line in lines if line[0] == "#tb"]
     packets = [[int(word) for word in line[1:4]] for line in lines if line[0] == "0"]

@@ -34,8 +34,7 @@ class Student:
         """Yield video01 (F 3 H W) in [0, 1] chunk by chunk: `frames` in all, or for ever. Raises BadInput."""
         if frames is not None and frames < 1:
             raise BadInput(f"frames={frames} is not possible; allowed: 1 or more, or None")
-        texts = {0: self.read(prompt).to(self.cfg.device)}
-        for part in decoded(self.net, self.codec, texts, self.cfg, seed):
+        for part in decoded(self.net, self.codec, {0: self.read(prompt).to(self.cfg.device)}, self.cfg, seed):
             yield part[:frames] / 255
             if frames is not None and (frames := frames - len(part)) <= 0:
                 return

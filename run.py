@@ -199,8 +199,7 @@ def finish(run: Run, signals: list[int]) -> None:
             score += than * math.isfinite(gain) + ")"
         print(f"student {student}{score}; {run.out}/before.png and after.png show the change")
         if run.folder:
-            prompt = "..." if run.cfg.data else "a red circle moving left slowly on a black background"
-            print(f'next: python sample.py {run.cfg.preset} --student={student} --prompt "{prompt}"')
+            print(f'next: python sample.py {run.cfg.preset} --student={student} --prompt "{run.cfg.example}"')
     if run.track:
         run.track.close()
     processes.stop()

@@ -30,8 +30,7 @@ def reward_saliency(reward, video01: Tensor, about, seen: Tensor | None = None) 
         grads = [torch.autograd.grad(r, video01, retain_graph=True)[0] for r in scores.sum(0)]
     saliency = torch.stack([reduce(g.abs(), "b f c h w -> b f h w", "sum") for g in grads], dim=1)
     if seen is not None:
-        frames = torch.arange(video01.shape[1])
-        nearest = seen[(frames[:, None] - seen).abs().argmin(1)]
+        nearest = seen[(torch.arange(video01.shape[1])[:, None] - seen).abs().argmin(1)]
         saliency = saliency[:, :, nearest.to(saliency.device)]
     return scores.detach(), saliency
 

@@ -44,7 +44,7 @@ from world.words import embed, left_open, understand
 
 @dataclass(frozen=True)
 class Flags:
-    prompt: list[str] = field(default_factory=lambda: ["a red circle moving left slowly"])  # may be repeated
+    prompt: list[str] = field(default_factory=list)  # may be repeated; default: one that the preset knows
     frames: int = 0  # of the video, any number; 0: 64, or all of --video
     seed: int = 0  # another one gives another video
     steps: int = 0  # denoising steps per chunk; 0: as trained
@@ -69,7 +69,7 @@ def main() -> None:
     openmp.use_threads(cfg.threads or int(cfg.preset == "tiny"))  # one alone is as fast there, and no burden
     past = start_from(flags.init, codec.to(cfg.device), cfg)
     over, most = arriving(flags.video, codec, cfg) if flags.video else (None, flags.frames or 64)
-    flags = replace(flags, frames=min(flags.frames or most, most))
+    flags = replace(flags, frames=min(flags.frames or most, most), prompt=flags.prompt or [cfg.example])
     plan = schedule(flags, cfg, len(past))
     texts = {chunk: read(prompt).to(cfg.device) for prompt, _, chunk in plan}
     del read  # and with it a text encoder that is larger than all else
@@ -90,8 +90,7 @@ def main() -> None:
             for frame in part[: flags.frames - i]:
                 if i in kept:
                     kept[i] = frame / 255
-                pixels = rearrange(frame, "c h w -> h w c").numpy()
-                yield np.kron(pixels, np.ones((zoom, zoom, 1), np.uint8))
+                yield np.kron(rearrange(frame, "c h w -> h w c"), np.ones((zoom, zoom, 1), np.uint8))
                 i += 1
 
     write_atomically(out, lambda name: write_video(name, frames(), cfg.fps))
@@ -165,8 +164,7 @@ def student_config(header: dict, preset: str, typed: dict, steps: int) -> Config
     cfg = settled(from_words(header["config"], {"device": "auto", "threads": 0, "attention": "auto"} | typed))
     if cfg.preset != preset:
         raise BadInput(f"the student is of preset {cfg.preset!r}, asked for was {preset!r}")
-    low = cfg.bf16 and ("bf16" in typed or preset == "wan-1.3b" or cfg.device == "cuda")
-    return replace(cfg, bf16=low)
+    return replace(cfg, bf16=cfg.bf16 and ("bf16" in typed or preset == "wan-1.3b" or cfg.device == "cuda"))
 
 
 def schedule(flags: Flags, cfg: Config, given: int) -> list[tuple[str, int, int]]:

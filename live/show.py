@@ -142,7 +142,7 @@ def studio_of(cfg: Config, student, codec, read, flags) -> Studio:
         "chunk": cfg.chunk * cfg.time_stride, "steps": len(step_grid(cfg, cfg.frames)), "adapt": flags.adapt,
         "streams": flags.streams, "maps": [*MAPS] if reward else [], "file": "stream.mp4",
         "engine": f"the server: {cfg.preset}, {cfg.device}", "camera": cfg.chunk * (cfg.time_stride == 1),
-        "prompt": "a red circle moving left slowly on a black background" if words is KINDS else "",
+        "prompt": cfg.example if words is KINDS else "",
     }  # fmt: skip
     return Studio(
         hello, lambda prompt: read(prompt).to(cfg.device), partial(Show, cfg, student, codec, reward)

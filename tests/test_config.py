@@ -25,6 +25,7 @@ from engine.checkpoint import (
 )
 from model import VideoDiT
 from study.rows import as_flag
+from world.words import understand
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -429,3 +430,11 @@ def test_folders(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refusal(writable_folder, str(tmp_path / "file"))
     assert not list((tmp_path / "a" / "b").iterdir())
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_the_prompt_that_a_preset_knows_leaves_nothing_open(preset):
+    cfg = build(preset, {})
+    words = understand(cfg.example, cfg, [])
+    assert len(words) == 4 * cfg.objects + 1 and all(words)
+    assert replace(cfg, data="clips").example == "..."
