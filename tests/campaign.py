@@ -262,10 +262,11 @@ def prompts(nets: Path, rng, count: int = 500) -> list[str]:
 
 
 def drift(nets: Path, rng, count: int = 100_000) -> list[str]:
-    """The shipped student for `count` chunks, or until Ctrl-C: memory, told every 1,000 chunks as well, and
-    the last 100 chunks against the first 100. Nothing is measured before: that takes memory of its own."""
+    """The shipped student for `count` chunks, or until Ctrl-C: memory, told every 1,000 chunks with the
+    seconds so far, and the last 100 chunks against the first 100. Nothing is measured before: that takes
+    memory of its own."""
     prompt, memory, parts = "a red circle moving left slowly on a black background", [], deque(maxlen=100)
-    made = hubconf.student().stream(prompt, seed=rng.randrange(99))
+    made, start = hubconf.student().stream(prompt, seed=rng.randrange(99)), time.monotonic()
     with suppress(KeyboardInterrupt):
         for i, part in enumerate(islice(made, count), 1):
             parts.append(part)
@@ -274,7 +275,8 @@ def drift(nets: Path, rng, count: int = 100_000) -> list[str]:
             if i == 100:
                 first = torch.cat(list(parts))
             if i % 1000 == 0:
-                print(f"{i} chunks, {memory[-1]:.1f} MiB", file=sys.stderr, flush=True)
+                so_far = f"{i} chunks, {memory[-1]:.1f} MiB, {time.monotonic() - start:.0f} s"
+                print(so_far, file=sys.stderr, flush=True)
     last = torch.cat(list(parts))
     early, late, both = (measure(clip[None], [prompt]) for clip in (first, last, torch.cat([first, last])))
     told = [f"{k} {early[k].item():.2f}, {late[k].item():.2f}" for k in ("colour", "shape", "paint")]
