@@ -157,7 +157,7 @@ class Config:
 
     @property
     def example(self) -> str:
-        """A prompt; of one's own clips nobody else knows any."""
+        """A prompt for this preset; with --data there is none to offer."""
         second = " and a blue square moving up slowly" * (self.objects > 1)
         prompt = f"a red circle moving left slowly{second} on a black background"
         return "..." if self.data and self.time_stride == 1 else prompt
