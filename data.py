@@ -94,7 +94,7 @@ def decode(clip: Clip, cfg: Config, first: int, count: int) -> Tensor:
     if not len(video):
         raise unreadable(clip.path, complaint)
     if len(video) < count - 1:
-        warnings.warn(f"clip {clip.path} breaks off: it stops before frame {first + len(video)}", stacklevel=2)
+        warnings.warn(f"clip {clip.path} breaks off: it ends at frame {first + len(video)}", stacklevel=2)
     video = torch.from_numpy(video).permute(0, 3, 1, 2)
     return torch.cat([video, video[-1:].expand(count - len(video), -1, -1, -1)])
 
